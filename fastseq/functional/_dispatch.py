@@ -1,0 +1,49 @@
+"""What every public function decides before it reaches its op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_foreign(*tensors: Tensor | None) -> bool:
+    """Whether torch's own function must take the call.
+
+    So it is for tensor subclasses and modes that override torch functions (DTensor, nested and
+    masked tensors, user classes), for layouts other than dense, and while ``torch.jit.trace``
+    records a graph that has to run without fastseq.
+    """
+    if has_torch_function(tensors) or torch.jit.is_tracing():
+        return True
+    return any(
+        tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested)
+        for tensor in tensors
+    )
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work: then the reference takes the call."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient for any of these."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def autocast_to_fp32(tensor: Tensor) -> bool:
+    """Whether CUDA's autocast runs fp32 ops on this tensor: norms, softmax and losses are such.
+
+    CPU autocast leaves them in the dtype they come in.
+    """
+    return (
+        tensor.is_cuda
+        and tensor.dtype in (torch.float16, torch.bfloat16)
+        and torch.is_autocast_enabled("cuda")
+    )

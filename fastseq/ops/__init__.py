@@ -1,0 +1,3 @@
+"""The dispatcher ops, one module a family. Importing this registers them all."""
+
+from . import layer_norm as layer_norm
