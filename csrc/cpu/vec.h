@@ -1,0 +1,200 @@
+// SIMD vectors for the CPU kernels, by the compilers' vector extensions (GCC and Clang).
+//
+// A kernel file is compiled once for every instruction set in a namespace of that name (FASTSEQ_ISA,
+// set by the build) and chosen at run time, so that one wheel runs on any x86-64 and on aarch64.
+// These files include nothing with inline code of its own (no standard containers, no torch): the
+// linker could otherwise keep the AVX-512 copy of a shared inline function for everybody.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../layer_norm.h"
+
+#if defined(__AVX512F__)
+#define FASTSEQ_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTSEQ_VECTOR_BYTES 32
+#else
+#define FASTSEQ_VECTOR_BYTES 16
+#endif
+
+namespace fastseq::FASTSEQ_ISA {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+typedef float F32x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+typedef double F64x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+typedef uint32_t U32x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+typedef int32_t I32x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+typedef int64_t I64x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+typedef uint16_t U16x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+
+// The vector, its lane masks and its width for a compute type (float or double).
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = F32x;
+  using Mask = I32x;
+  static constexpr int lanes = FASTSEQ_VECTOR_BYTES / 4;
+};
+template <>
+struct Simd<double> {
+  using V = F64x;
+  using Mask = I64x;
+  static constexpr int lanes = FASTSEQ_VECTOR_BYTES / 8;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T>
+inline typename Simd<T>::V splat(T x) {
+  return x - typename Simd<T>::V{};
+}
+
+template <class T>
+inline T horizontal_sum(typename Simd<T>::V v) {
+  // Halving, as every lane count is a power of two: the order is fixed and the error small.
+  T lane[Simd<T>::lanes];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int width = Simd<T>::lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// ---- single values ------------------------------------------------------------------------------
+
+inline float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+inline float to_float(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest << 13));  // Inf, NaN
+  // Scaling by 2^112 turns the half's exponent bias into the float's, subnormals included.
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f));
+}
+
+inline bf16 to_bf16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline f16 to_f16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};   // NaN
+  if (rest >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to Inf
+  if (rest < 0x38800000u) {
+    // Subnormal: adding 0.5 aligns the mantissa, and the addition rounds to nearest even.
+    const float aligned = bit_cast<float>(rest) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(aligned) - 0x3f000000u))};
+  }
+  const uint32_t rounded = rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u;
+  return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+// ---- loads: memory type -> compute vector --------------------------------------------------------
+
+inline F64x load(const double* p) {
+  F64x v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline F32x load(const float* p) {
+  F32x v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline F32x load(const bf16* p) {
+  U16x v;
+  std::memcpy(&v, p, sizeof(v));
+  return bit_cast<F32x>(__builtin_convertvector(v, U32x) << 16);
+}
+
+inline F32x load(const f16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<F32x>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return bit_cast<F32x>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  F32x v;
+  for (int i = 0; i < Simd<float>::lanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// ---- stores: compute vector -> memory type, rounding to nearest even ------------------------------
+
+inline void store(double* p, F64x v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(float* p, F32x v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline void store(bf16* p, F32x v) {
+  const U32x bits = bit_cast<U32x>(v);
+  const U32x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U32x quiet = (bits >> 16) | 0x40u;
+  const U16x narrow = __builtin_convertvector(v == v ? rounded : quiet, U16x);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+inline void store(f16* p, F32x v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Simd<float>::lanes; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
+// ---- rows whose length is no multiple of the width ------------------------------------------------
+
+// The first count lanes from memory, zero in the others.
+template <class T, class M>
+inline typename Simd<T>::V load_some(const M* p, int64_t count) {
+  if (count >= Simd<T>::lanes) return load(p);
+  M buffer[Simd<T>::lanes] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(M));
+  return load(buffer);
+}
+
+template <class T, class M>
+inline void store_some(M* p, typename Simd<T>::V v, int64_t count) {
+  if (count >= Simd<T>::lanes) return store(p, v);
+  M buffer[Simd<T>::lanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(M));
+}
+
+// v in the first count lanes, zero in the others (whatever v holds there, NaN included).
+template <class T>
+inline typename Simd<T>::V keep_first(typename Simd<T>::V v, int64_t count) {
+  using Mask = typename Simd<T>::Mask;
+  Mask lane;
+  for (int i = 0; i < Simd<T>::lanes; ++i) lane[i] = i;
+  using Lane = decltype(lane[0] + 0);
+  return lane < static_cast<Lane>(count) ? v : typename Simd<T>::V{};
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

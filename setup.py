@@ -1,0 +1,110 @@
+"""Builds ``fastseq._C``: one stable-ABI extension with C++ kernels and, where nvcc is found, CUDA ones.
+
+The same file serves CPU-only and CUDA builds of torch from 2.10 on and Python from 3.10 on. nvcc is
+called directly, because torch's own CUDAExtension refuses under a CPU build of torch.
+
+FASTSEQ_CPP=0         build no extension: pure Python, kernels by Triton and torch
+FASTSEQ_CUDA=0        leave the CUDA kernels out
+FASTSEQ_CUDA_ARCHS    architectures to build, default "80 90a 100" (and PTX of the last)
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CXX = os.environ.get("CXX", "g++")
+NVCC = None if os.environ.get("FASTSEQ_CUDA") == "0" else shutil.which("nvcc")
+ARCHITECTURES = os.environ.get("FASTSEQ_CUDA_ARCHS", "80 90a 100").split()
+BASE = ["-std=c++17", "-O3"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# A kernel file of csrc/cpu is compiled once for each of these, in a namespace of that name.
+INSTRUCTION_SETS = {"generic": []}
+if platform.machine() == "x86_64":
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
+        "-mprefer-vector-width=512".split(),
+    }
+KERNELS = ["layer_norm"]
+
+
+class BuildExtension(build_ext):
+    """Compiles every object in parallel, then links with nvcc or the C++ compiler."""
+
+    def build_extension(self, ext):
+        import torch
+
+        include = Path(torch.__file__).parent / "include"
+        library = Path(torch.__file__).parent / "lib"
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        host = [CXX, *BASE, *WARNINGS, "-fPIC", "-fvisibility=hidden"]
+        binding_flags = [
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch served: 2.10
+            "-DPy_LIMITED_API=0x030A0000",
+            *(f"-isystem{path}" for path in (include, include / "torch/csrc/api/include")),
+            *(f"-I{path}" for path in self.include_dirs),
+        ]
+        if NVCC:
+            names = " ".join(f"sm_{name}" for name in ARCHITECTURES)
+            binding_flags += ["-DFASTSEQ_CUDA", "-DUSE_CUDA", f'-DFASTSEQ_CUDA_ARCHITECTURES="{names}"']
+
+        commands = [[*host, *binding_flags, "-c", "csrc/bindings.cpp"]]
+        commands += [[*host, "-c", "csrc/cpu/scratch.cpp"]]
+        # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
+        math = ["-fno-math-errno", "-fno-trapping-math"]
+        commands += [
+            [*host, *math, f"-DFASTSEQ_ISA={name}", *flags, "-c", f"csrc/cpu/{kernel}.cpp"]
+            for kernel in KERNELS
+            for name, flags in INSTRUCTION_SETS.items()
+        ]
+        if NVCC:
+            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+            last = ARCHITECTURES[-1]
+            targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
+            commands += [
+                [NVCC, *BASE, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", f"csrc/cuda/{k}.cu"]
+                for k in KERNELS
+            ]
+        outputs = [objects / f"{index}.o" for index in range(len(commands))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = zip(commands, outputs, strict=True)
+            list(pool.map(lambda job: self.run_tool([*job[0], "-o", str(job[1])]), jobs))
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # nvcc links where it compiled: it knows its own toolkit. libtorch must stay a dependency even
+        # though nothing of it is named: a CUDA build's libtorch brings the weak CUDA symbols along.
+        if NVCC:
+            link = [NVCC, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
+        else:
+            link = [CXX, "-shared", "-Wl,--no-as-needed"]
+        libraries = [f"-L{library}", "-ltorch", "-ltorch_cpu"]
+        self.run_tool([*link, *map(str, outputs), *libraries, "-o", str(target)])
+
+    def run_tool(self, command):
+        if self.verbose:
+            print(" ".join(command))
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"fastseq: build failed\n{' '.join(command)}\n{result.stderr}")
+        print(result.stderr, end="", file=sys.stderr)
+
+
+if os.environ.get("FASTSEQ_CPP") == "0" or not shutil.which(CXX):
+    print(f"fastseq: pure Python install (FASTSEQ_CPP=0, or no {CXX} found)", file=sys.stderr)
+    setup()
+else:
+    setup(
+        ext_modules=[Extension("fastseq._C", ["csrc/bindings.cpp"], py_limited_api=True)],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
