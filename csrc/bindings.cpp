@@ -2,6 +2,7 @@
 #include "tensors.h"
 
 #include <Python.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
@@ -58,6 +59,17 @@ std::string cuda_architectures() {
 }
 
 // ---- layer_norm -----------------------------------------------------------------------------------
+
+// Whether a tensor is so large that the last-level cache would not hold it for its reader.
+bool past_cache(const Tensor& tensor) {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  const int64_t cache = found > 0 ? found : 32 << 20;
+  return 2 * tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= cache;
+}
 
 // Rows that are worth a task of their own.
 int64_t grain(int64_t row_length) { return 1 + 32768 / row_length; }
@@ -122,9 +134,10 @@ void layer_norm_forward_cpu(Tensor input, std::optional<Tensor> residual, std::o
                             std::optional<Tensor> bias, std::optional<Tensor> seed, Tensor output,
                             Tensor new_residual, Tensor mean, Tensor rstd, int64_t row_length,
                             double eps, bool rms, int64_t threshold, double scale) {
-  const LayerNormForward args =
+  LayerNormForward args =
       forward_args(input, residual, weight, bias, seed, output, new_residual, mean, rstd, row_length,
                    eps, rms, threshold, scale);
+  args.past_cache = past_cache(output);
   const LayerNormCpu& kernels = *instruction_set().layer_norm;
   torch::stable::parallel_for(
       0, args.rows, grain(row_length),
@@ -140,6 +153,7 @@ void layer_norm_backward_cpu(Tensor grad_output, std::optional<Tensor> grad_new_
       backward_args(grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input,
                     grad_weight, grad_bias, row_length, threshold, scale);
   const LayerNormCpu& kernels = *instruction_set().layer_norm;
+  args.past_cache = past_cache(grad_x);
   args.partial_rows = layer_norm_partial_rows(args.rows);
   // Doubles whatever the compute type: twice the room of floats, never too small.
   std::vector<double> partials(static_cast<size_t>(2 * args.partial_rows * row_length));

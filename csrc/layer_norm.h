@@ -44,6 +44,7 @@ struct LayerNormForward {
   bool rms = false;
   Rows output, new_residual;  // new_residual only with residual; output normalises its rounded values
   Vector mean, rstd;          // [rows], fp32 or fp64; mean absent with rms
+  bool past_cache = false;    // the output is larger than the cache: store without keeping (CPU)
 };
 
 struct LayerNormBackward {
@@ -59,6 +60,7 @@ struct LayerNormBackward {
   Vector grad_bias;    // [row_length]; may be absent
   void* partials = nullptr;  // scratch of the accumulation type: [2, partial_rows, row_length]
   int64_t partial_rows = 0;
+  bool past_cache = false;  // as in forward, for grad_x
 };
 
 }  // namespace fastseq

@@ -1,15 +1,19 @@
 // LayerNorm and RMSNorm on the CPU, forward and backward, plain and with a residual add.
 //
-// Every row is brought into the compute type (float, or double for fp64) once, in place where it
-// already is, and stays in L1/L2 for the sweeps that follow:
-//
 //   forward    sum -> centred sum of squares -> write        reads x once, writes y once
 //   backward   sums over the row and over rows -> write dx   reads x and dy once, writes dx once
 //
-// so memory sees the minimum of 2 and 3 tensor passes (5 and 6 fewer sweeps than a composition of
-// vector maps). Backward takes ROWS rows at a time: the running sums for weight and bias then travel
-// through L1 once for all of them.
+// A row is swept two or three times, but only the first sweep meets memory: the others find it in L1
+// or L2, so memory sees the minimum of 2 and 3 tensor passes. Short rows go kRows at a time: their
+// reductions are chains of latencies that overlap then, weight and bias are loaded once for all of
+// them, and in backward the running sums for weight and bias travel through L1 once for all of them.
+// While a row is written, the next is asked for (the hardware does not look that far), and an output
+// larger than the cache is stored past it, which saves reading its lines first.
+//
+// Arithmetic is in the compute type T (float, or double for fp64); M is a type in memory.
 #include "layer_norm.h"
+
+#include <type_traits>
 
 #include "../math/random.h"
 #include "scratch.h"
@@ -20,8 +24,10 @@ extern "C" double sqrt(double);
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-constexpr int kRows = 4;           // rows of one backward step
-constexpr int64_t kBlock = 4096;   // summands of one fp32 partial sum: bounds the error of long rows
+constexpr int kRows = 4;          // rows of one step
+constexpr int64_t kShort = 4096;  // rows up to this length go kRows at a time
+constexpr int64_t kAhead = 4096;  // elements to look ahead at least
+constexpr int64_t kBlock = 4096;  // summands of one fp32 partial sum: bounds the error of long rows
 
 template <class T>
 using V = typename Simd<T>::V;
@@ -38,6 +44,17 @@ char* row_of(const Rows& rows, int64_t row) {
   return static_cast<char*>(rows.data) + element * element_size(rows.dtype);
 }
 
+// The memory that comes next. A row is swept several times in cache while memory idles, and the
+// hardware does not look past the row: the last sweep asks for what follows.
+struct Ahead {
+  const char* data;
+  int64_t size;
+  Ahead(const Rows& rows, int64_t row, int64_t distance)
+      : data(row_of(rows, row) + distance * element_size(rows.dtype)), size(element_size(rows.dtype)) {}
+  // Into L2: L1 is full of the row at hand.
+  void prefetch(int64_t i) const { __builtin_prefetch(data + i * size, 0, 2); }
+};
+
 // Calls f with a null pointer of the memory type; only the types a compute type can meet.
 template <class T, class F>
 inline void with_type(DType dtype, F f) {
@@ -52,8 +69,14 @@ inline void with_type(DType dtype, F f) {
   }
 }
 
-template <class T>
-constexpr DType own_dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+template <class M>
+constexpr DType memory_dtype = DType::f32;
+template <>
+constexpr DType memory_dtype<double> = DType::f64;
+template <>
+constexpr DType memory_dtype<f16> = DType::f16;
+template <>
+constexpr DType memory_dtype<bf16> = DType::bf16;
 
 template <class T>
 void convert_row(const void* source, DType dtype, T* target, int64_t n) {
@@ -68,7 +91,7 @@ void convert_row(const void* source, DType dtype, T* target, int64_t n) {
 template <class T>
 const T* read_row(const Rows& rows, int64_t row, T* buffer, int64_t n) {
   const char* source = row_of(rows, row);
-  if (rows.dtype == own_dtype<T>) return reinterpret_cast<const T*>(source);
+  if (rows.dtype == memory_dtype<T>) return reinterpret_cast<const T*>(source);
   convert_row(source, rows.dtype, buffer, n);
   return buffer;
 }
@@ -85,7 +108,7 @@ void write_row(const Rows& rows, int64_t row, const T* source, int64_t n) {
 // Weight or bias in the compute type; fill where there is none.
 template <class T>
 const T* read_parameter(const Vector& parameter, T fill, T* buffer, int64_t n) {
-  if (parameter.data != nullptr && parameter.dtype == own_dtype<T>)
+  if (parameter.data != nullptr && parameter.dtype == memory_dtype<T>)
     return static_cast<const T*>(parameter.data);
   for (int64_t i = 0; i < n; ++i) {
     if (parameter.data == nullptr) {
@@ -132,42 +155,115 @@ void multiply_by_dropout(T* row, int64_t index, int64_t n, const Dropout& dropou
   }
 }
 
-// The sum of map(x_i) over a row, in blocks of kBlock so that no fp32 sum has more summands.
-template <class T, class Map>
-inline double row_sum(const T* x, int64_t n, Map map) {
-  constexpr int unroll = 4;
-  constexpr int64_t step = unroll * lanes<T>;
-  double total = 0;
+// The sums of map(r, x_i) over Count rows. A row's result does not depend on Count.
+template <class T, class M, int Count, class Map>
+inline void row_sums(const M* const (&x)[Count], int64_t n, Map map, double (&total)[Count]) {
+  constexpr int width = lanes<T>;
+  for (int r = 0; r < Count; ++r) total[r] = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    V<T> sum[unroll] = {};
+    V<T> even[Count] = {}, odd[Count] = {};
     int64_t i = begin;
-    for (; i + step <= end; i += step)
+    for (; i + 2 * width <= end; i += 2 * width)
 #pragma GCC unroll 4
-      for (int u = 0; u < unroll; ++u) sum[u] += map(load(x + i + u * lanes<T>));
-    for (; i < end; i += lanes<T>)
-      sum[0] += keep_first<T>(map(load_some<T>(x + i, end - i)), end - i);
-    total += horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      for (int r = 0; r < Count; ++r) {
+        even[r] += map(r, load(x[r] + i));
+        odd[r] += map(r, load(x[r] + i + width));
+      }
+    for (; i < end; i += width)
+      for (int r = 0; r < Count; ++r)
+        even[r] += keep_first<T>(map(r, load_some<T>(x[r] + i, end - i)), end - i);
+    for (int r = 0; r < Count; ++r) total[r] += horizontal_sum<T>(even[r] + odd[r]);
   }
-  return total;
 }
 
-template <class T>
-const T* read_input(const LayerNormForward& args, int64_t row, T* buffer, T* residual_buffer) {
-  const int64_t n = args.row_length;
-  if (args.residual.data == nullptr) return read_row(args.input, row, buffer, n);
+// Writes value(i, read) into a row, asking for the memory that follows on the way; read loads a vector
+// at i, of which the last may be part. An aligned row can be streamed past the cache.
+template <class T, class M, class Value, class Next>
+inline void write_values(M* y, int64_t n, bool past_cache, Value value, Next next) {
+  constexpr int width = lanes<T>;
+  const auto whole = [](const auto* p) { return load(p); };
+  int64_t i = 0;
+  if (past_cache && reinterpret_cast<uintptr_t>(y) % (sizeof(M) * width) == 0) {
+    for (; i + width <= n; i += width) {
+      stream(y + i, value(i, whole));
+      next(i);
+    }
+  } else {
+    for (; i + width <= n; i += width) {
+      store(y + i, value(i, whole));
+      next(i);
+    }
+  }
+  if (i < n)
+    store_some<T>(y + i, value(i, [n, i](const auto* p) { return load_some<T>(p, n - i); }), n - i);
+}
 
+// ---- forward --------------------------------------------------------------------------------------
+
+// new_residual = residual + dropout(input), rounded to its type.
+template <class T>
+void add_residual(const LayerNormForward& args, int64_t row, T* buffer, T* residual_buffer) {
+  const int64_t n = args.row_length;
   convert_row(row_of(args.input, row), args.input.dtype, buffer, n);
   if (args.dropout.seed != nullptr) multiply_by_dropout(buffer, row, n, args.dropout);
   const T* residual = read_row(args.residual, row, residual_buffer, n);
-  for (int64_t i = 0; i < n; i += lanes<T>) {
-    const int64_t count = n - i;
-    store_some<T>(buffer + i, load_some<T>(buffer + i, count) + load_some<T>(residual + i, count),
-                  count);
+  with_type<T>(args.new_residual.dtype, [&](auto* type) {
+    write_values<T>(
+        reinterpret_cast<decltype(type)>(row_of(args.new_residual, row)), n, false,
+        [&](int64_t i, auto read) { return read(buffer + i) + read(residual + i); },
+        [](int64_t) {});
+  });
+}
+
+template <class T, class X, class Y, int Count>
+void normalize_rows(const LayerNormForward& args, const Rows& source, int64_t row, const T* weight,
+                    const T* bias) {
+  const int64_t n = args.row_length;
+  const double per_element = 1.0 / static_cast<double>(n);
+  const X* x[Count];
+  Y* y[Count];
+  for (int r = 0; r < Count; ++r) {
+    x[r] = reinterpret_cast<const X*>(row_of(source, row + r));
+    y[r] = reinterpret_cast<Y*>(row_of(args.output, row + r));
   }
-  write_row(args.new_residual, row, buffer, n);
-  // What is normalized is the residual as it was rounded.
-  return read_row(args.new_residual, row, buffer, n);
+  double total[Count];
+  T mean[Count] = {}, rstd[Count];
+  if (!args.rms) {
+    row_sums<T>(x, n, [](int, V<T> v) { return v; }, total);
+    for (int r = 0; r < Count; ++r) {
+      mean[r] = static_cast<T>(total[r] * per_element);
+      static_cast<T*>(args.mean.data)[row + r] = mean[r];
+    }
+  }
+  row_sums<T>(
+      x, n,
+      [&mean](int r, V<T> v) {
+        const V<T> centred = v - mean[r];
+        return centred * centred;
+      },
+      total);
+  for (int r = 0; r < Count; ++r) {
+    rstd[r] = static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps));
+    static_cast<T*>(args.rstd.data)[row + r] = rstd[r];
+  }
+  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
+  for (int r = 0; r < Count; ++r) {
+    const Ahead ahead(source, row + r, Count * n > kAhead ? Count * n : kAhead);
+    const auto next = [ahead](int64_t i) { ahead.prefetch(i); };
+    const auto normalized = [x = x[r], mean = mean[r], rstd = rstd[r]](int64_t i, auto read) {
+      return (read(x + i) - mean) * rstd;
+    };
+    if (affine)
+      write_values<T>(
+          y[r], n, args.past_cache,
+          [=](int64_t i, auto read) {
+            return normalized(i, read) * read(weight + i) + read(bias + i);
+          },
+          next);
+    else
+      write_values<T>(y[r], n, args.past_cache, normalized, next);
+  }
 }
 
 template <class T>
@@ -175,58 +271,43 @@ void forward_rows(const LayerNormForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.row_length;
   const int64_t padded = (n + 63) / 64 * 64;
   T* scratch = static_cast<T*>(thread_scratch(static_cast<size_t>(4 * padded) * sizeof(T)));
-  T* const buffer = scratch;
-  T* const residual_buffer = scratch + padded;
-  const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
-  const T* weight = read_parameter<T>(args.weight, T(1), scratch + 2 * padded, affine ? n : 0);
-  const T* bias = read_parameter<T>(args.bias, T(0), scratch + 3 * padded, affine ? n : 0);
+  const T* weight = read_parameter<T>(args.weight, T(1), scratch, n);
+  const T* bias = read_parameter<T>(args.bias, T(0), scratch + padded, n);
+  const bool adds = args.residual.data != nullptr;
+  const Rows& source = adds ? args.new_residual : args.input;
 
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = read_input<T>(args, row, buffer, residual_buffer);
-    T mean = 0;
-    if (!args.rms) {
-      mean = static_cast<T>(row_sum(x, n, [](V<T> v) { return v; }) / static_cast<double>(n));
-      static_cast<T*>(args.mean.data)[row] = mean;
-    }
-    const double squares = row_sum(x, n, [mean](V<T> v) {
-      const V<T> centred = v - mean;
-      return centred * centred;
-    });
-    const T rstd = static_cast<T>(1.0 / sqrt(squares / static_cast<double>(n) + args.eps));
-    static_cast<T*>(args.rstd.data)[row] = rstd;
-
-    with_type<T>(args.output.dtype, [&](auto* type) {
-      auto* y = reinterpret_cast<decltype(type)>(row_of(args.output, row));
-      int64_t i = 0;
-      if (affine) {
-        for (; i + lanes<T> <= n; i += lanes<T>)
-          store(y + i, (load(x + i) - mean) * rstd * load(weight + i) + load(bias + i));
-        if (i < n)
-          store_some<T>(y + i,
-                        (load_some<T>(x + i, n - i) - mean) * rstd * load_some<T>(weight + i, n - i) +
-                            load_some<T>(bias + i, n - i),
-                        n - i);
-      } else {
-        for (; i < n; i += lanes<T>)
-          store_some<T>(y + i, (load_some<T>(x + i, n - i) - mean) * rstd, n - i);
+  with_type<T>(source.dtype, [&](auto* x) {
+    with_type<T>(args.output.dtype, [&](auto* y) {
+      using X = std::remove_pointer_t<decltype(x)>;
+      using Y = std::remove_pointer_t<decltype(y)>;
+      for (int64_t row = begin; row < end;) {
+        const int count = n <= kShort && end - row >= kRows ? kRows : 1;
+        for (int r = 0; r < count && adds; ++r)
+          add_residual<T>(args, row + r, scratch + 2 * padded, scratch + 3 * padded);
+        count == 1 ? normalize_rows<T, X, Y, 1>(args, source, row, weight, bias)
+                   : normalize_rows<T, X, Y, kRows>(args, source, row, weight, bias);
+        row += count;
       }
     });
-  }
+  });
+  fence();
 }
 
-// One step of backward: count <= kRows rows in the compute type.
-template <class T>
+// ---- backward -------------------------------------------------------------------------------------
+
+// Count rows of backward, x and grad of one type in memory.
+template <class T, class M, int Count>
 struct Step {
-  const T* x[kRows];
-  const T* grad[kRows];
-  T mean[kRows], rstd[kRows];
-  T mean_grad[kRows];     // E[g], g = grad * weight
-  T mean_product[kRows];  // E[g * n], n = (x - mean) * rstd
+  const M* x[Count];
+  const M* grad[Count];
+  T mean[Count], rstd[Count];
+  T mean_grad[Count] = {};  // E[g], g = grad * weight; stays 0 for RMSNorm
+  T mean_product[Count];    // E[g * n], n = (x - mean) * rstd
 };
 
 // Sums over each row into step, sums over the rows added to weight_sum and bias_sum.
-template <class T, int Count, bool Centred>
-void reduce_step(Step<T>& step, const T* weight, T* weight_sum, T* bias_sum, int64_t n) {
+template <class T, class M, int Count, bool Centred>
+void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bias_sum, int64_t n) {
   double total_grad[Count] = {}, total_product[Count] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -250,17 +331,17 @@ void reduce_step(Step<T>& step, const T* weight, T* weight_sum, T* bias_sum, int
     int64_t i = begin;
     for (; i + lanes<T> <= end; i += lanes<T>)
       column(
-          i, [](const T* p) { return load(p); }, [](T* p, V<T> v) { store(p, v); },
+          i, [](const auto* p) { return load(p); }, [](T* p, V<T> v) { store(p, v); },
           [](V<T> v) { return v; });
     if (i < end) {
       const int64_t count = end - i;
       column(
-          i, [count](const T* p) { return load_some<T>(p, count); },
+          i, [count](const auto* p) { return load_some<T>(p, count); },
           [count](T* p, V<T> v) { store_some<T>(p, v, count); },
           [count](V<T> v) { return keep_first<T>(v, count); });
     }
     for (int r = 0; r < Count; ++r) {
-      total_grad[r] += horizontal_sum<T>(sum_grad[r]);
+      if (Centred) total_grad[r] += horizontal_sum<T>(sum_grad[r]);
       total_product[r] += horizontal_sum<T>(sum_product[r]);
     }
   }
@@ -270,42 +351,79 @@ void reduce_step(Step<T>& step, const T* weight, T* weight_sum, T* bias_sum, int
   }
 }
 
-// The gradient of x for row r of the step, stored through write(i, vector, count).
-template <class T, class Write>
-inline void gradient_row(const Step<T>& step, int r, const T* weight, const T* stream, int64_t n,
-                         Write write) {
-  const T* x = step.x[r];
-  const T* grad = step.grad[r];
-  const T mean = step.mean[r], rstd = step.rstd[r];
-  const T mean_grad = step.mean_grad[r], mean_product = step.mean_product[r];
-  const auto column = [&](auto read, int64_t i) {
-    const V<T> normalized = (read(x + i) - mean) * rstd;
-    V<T> result = ((read(grad + i) * read(weight + i) - mean_grad) - normalized * mean_product) * rstd;
-    if (stream != nullptr) result += read(stream + i);
-    return result;
-  };
-  int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>)
-    write(i, column([](const T* p) { return load(p); }, i), lanes<T>);
-  if (i < n)
-    write(i, column([n, i](const T* p) { return load_some<T>(p, n - i); }, i), n - i);
+// What a thread holds while it walks through its rows.
+template <class T>
+struct Workspace {
+  const T* weight;
+  T *x, *grad;  // kRows rows each, stride apart: for rows of another type than M
+  T *stream, *result;
+  int64_t stride;
+};
+
+template <class T, class M, int Count>
+void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T>& work,
+                   T* weight_sum, T* bias_sum) {
+  const int64_t n = args.row_length;
+  Step<T, M, Count> step;
+  for (int r = 0; r < Count; ++r) {
+    if constexpr (sizeof(M) == sizeof(T)) {
+      step.x[r] = read_row(args.x, row + r, work.x + r * work.stride, n);
+      step.grad[r] = read_row(args.grad_output, row + r, work.grad + r * work.stride, n);
+    } else {
+      step.x[r] = reinterpret_cast<const M*>(row_of(args.x, row + r));
+      step.grad[r] = reinterpret_cast<const M*>(row_of(args.grad_output, row + r));
+    }
+    step.mean[r] = args.rms ? T(0) : static_cast<const T*>(args.mean.data)[row + r];
+    step.rstd[r] = static_cast<const T*>(args.rstd.data)[row + r];
+  }
+  args.rms ? reduce_step<T, M, Count, false>(step, work.weight, weight_sum, bias_sum, n)
+           : reduce_step<T, M, Count, true>(step, work.weight, weight_sum, bias_sum, n);
+  if (args.grad_x.data == nullptr && args.grad_input.data == nullptr) return;
+
+  for (int r = 0; r < Count; ++r) {
+    const T* stream = args.grad_new_residual.data == nullptr
+                          ? nullptr
+                          : read_row(args.grad_new_residual, row + r, work.stream, n);
+    const auto value = [x = step.x[r], grad = step.grad[r], mean = step.mean[r],
+                        rstd = step.rstd[r], mean_grad = step.mean_grad[r],
+                        mean_product = step.mean_product[r], weight = work.weight,
+                        stream](int64_t i, auto read) {
+      const V<T> normalized = (read(x + i) - mean) * rstd;
+      const V<T> scaled = read(grad + i) * read(weight + i);
+      V<T> gradient = ((scaled - mean_grad) - normalized * mean_product) * rstd;
+      if (stream != nullptr) gradient += read(stream + i);
+      return gradient;
+    };
+    const int64_t distance = Count * n > kAhead ? Count * n : kAhead;
+    const Ahead x_ahead(args.x, row + r, distance), grad_ahead(args.grad_output, row + r, distance);
+    const auto next = [x_ahead, grad_ahead](int64_t i) {
+      x_ahead.prefetch(i);
+      grad_ahead.prefetch(i);
+    };
+    if (args.grad_x.dtype == memory_dtype<M> && args.grad_input.data == nullptr) {
+      write_values<T>(reinterpret_cast<M*>(row_of(args.grad_x, row + r)), n, args.past_cache, value,
+                      next);
+      continue;
+    }
+    write_values<T>(work.result, n, false, value, next);
+    if (args.grad_x.data != nullptr) write_row(args.grad_x, row + r, work.result, n);
+    if (args.grad_input.data == nullptr) continue;
+    if (args.dropout.seed != nullptr) multiply_by_dropout(work.result, row + r, n, args.dropout);
+    write_row(args.grad_input, row + r, work.result, n);
+  }
 }
 
-template <class T>
+template <class T, class M>
 void backward_rows(const LayerNormBackward& args, int64_t begin, int64_t end) {
   const int64_t n = args.row_length;
   const int64_t padded = (n + 63) / 64 * 64;
-  // More rows at a time than fit the cache would turn its sweeps into memory traffic.
-  const int at_once = n <= 4096 ? kRows : 1;
-  T* scratch = static_cast<T*>(
-      thread_scratch(static_cast<size_t>((2 * at_once + 3) * padded) * sizeof(T)));
-  const auto buffer = [&](int index) { return scratch + index * padded; };
-  T* const stream_buffer = buffer(2 * at_once);
-  T* const result = buffer(2 * at_once + 1);
-  const T* weight = read_parameter<T>(args.weight, T(1), buffer(2 * at_once + 2), n);
-  const bool direct = args.grad_x.data != nullptr && args.grad_input.data == nullptr;
-  const bool wants_gradient = args.grad_x.data != nullptr || args.grad_input.data != nullptr;
-
+  const int at_once = n <= kShort ? kRows : 1;
+  const int64_t room = at_once * padded;
+  T* scratch =
+      static_cast<T*>(thread_scratch(static_cast<size_t>(2 * room + 3 * padded) * sizeof(T)));
+  T* const rest = scratch + 2 * room;
+  const Workspace<T> work{read_parameter<T>(args.weight, T(1), rest, n), scratch, scratch + room,
+                          rest + padded, rest + 2 * padded, padded};
   for (int64_t partial = begin; partial < end; ++partial) {
     T* weight_sum = static_cast<T*>(args.partials) + partial * n;
     T* bias_sum = weight_sum + args.partial_rows * n;
@@ -314,44 +432,12 @@ void backward_rows(const LayerNormBackward& args, int64_t begin, int64_t end) {
     const int64_t last = args.rows * (partial + 1) / args.partial_rows;
     for (int64_t row = args.rows * partial / args.partial_rows; row < last;) {
       const int count = last - row >= at_once ? at_once : 1;
-      Step<T> step;
-      for (int r = 0; r < count; ++r) {
-        step.x[r] = read_row(args.x, row + r, buffer(2 * r), n);
-        step.grad[r] = read_row(args.grad_output, row + r, buffer(2 * r + 1), n);
-        step.mean[r] = args.rms ? T(0) : static_cast<const T*>(args.mean.data)[row + r];
-        step.rstd[r] = static_cast<const T*>(args.rstd.data)[row + r];
-      }
-      // The sums over a row do not depend on how many rows a step takes.
-      if (count == kRows)
-        args.rms ? reduce_step<T, kRows, false>(step, weight, weight_sum, bias_sum, n)
-                 : reduce_step<T, kRows, true>(step, weight, weight_sum, bias_sum, n);
-      else
-        args.rms ? reduce_step<T, 1, false>(step, weight, weight_sum, bias_sum, n)
-                 : reduce_step<T, 1, true>(step, weight, weight_sum, bias_sum, n);
-
-      for (int r = 0; r < count && wants_gradient; ++r) {
-        const T* stream = args.grad_new_residual.data == nullptr
-                              ? nullptr
-                              : read_row(args.grad_new_residual, row + r, stream_buffer, n);
-        if (direct) {
-          with_type<T>(args.grad_x.dtype, [&](auto* type) {
-            auto* target = reinterpret_cast<decltype(type)>(row_of(args.grad_x, row + r));
-            gradient_row(step, r, weight, stream, n, [target](int64_t i, V<T> v, int64_t width) {
-              store_some<T>(target + i, v, width);
-            });
-          });
-          continue;
-        }
-        gradient_row(step, r, weight, stream, n, [result](int64_t i, V<T> v, int64_t width) {
-          store_some<T>(result + i, v, width);
-        });
-        if (args.grad_x.data != nullptr) write_row(args.grad_x, row + r, result, n);
-        if (args.dropout.seed != nullptr) multiply_by_dropout(result, row + r, n, args.dropout);
-        write_row(args.grad_input, row + r, result, n);
-      }
+      count == 1 ? backward_step<T, M, 1>(args, row, work, weight_sum, bias_sum)
+                 : backward_step<T, M, kRows>(args, row, work, weight_sum, bias_sum);
       row += count;
     }
   }
+  fence();
 }
 
 template <class T>
@@ -371,21 +457,23 @@ void finish_columns(const LayerNormBackward& args, int64_t begin, int64_t end) {
   }
 }
 
-bool is_double(DType input) { return input == DType::f64; }
-
 void forward(const LayerNormForward& args, int64_t begin, int64_t end) {
-  is_double(args.input.dtype) ? forward_rows<double>(args, begin, end)
-                              : forward_rows<float>(args, begin, end);
+  args.input.dtype == DType::f64 ? forward_rows<double>(args, begin, end)
+                                 : forward_rows<float>(args, begin, end);
 }
 
 void backward(const LayerNormBackward& args, int64_t begin, int64_t end) {
-  is_double(args.x.dtype) ? backward_rows<double>(args, begin, end)
-                          : backward_rows<float>(args, begin, end);
+  if (args.x.dtype == DType::f64) return backward_rows<double, double>(args, begin, end);
+  if (args.x.dtype == args.grad_output.dtype && args.x.dtype == DType::bf16)
+    return backward_rows<float, bf16>(args, begin, end);
+  if (args.x.dtype == args.grad_output.dtype && args.x.dtype == DType::f16)
+    return backward_rows<float, f16>(args, begin, end);
+  backward_rows<float, float>(args, begin, end);
 }
 
 void finish(const LayerNormBackward& args, int64_t begin, int64_t end) {
-  is_double(args.x.dtype) ? finish_columns<double>(args, begin, end)
-                          : finish_columns<float>(args, begin, end);
+  args.x.dtype == DType::f64 ? finish_columns<double>(args, begin, end)
+                             : finish_columns<float>(args, begin, end);
 }
 
 }  // namespace

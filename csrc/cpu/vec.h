@@ -68,14 +68,31 @@ inline typename Simd<T>::V splat(T x) {
   return x - typename Simd<T>::V{};
 }
 
+// The sum of all lanes by halving: the order is fixed and the error small.
+template <class T, int Bytes>
+struct Halving {
+  typedef T Whole __attribute__((vector_size(Bytes)));
+  typedef T Half __attribute__((vector_size(Bytes / 2)));
+  static T sum(Whole v) {
+    Half half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return Halving<T, Bytes / 2>::sum(half[0] + half[1]);
+  }
+};
+template <class T>
+struct Halving<T, 16> {
+  typedef T Whole __attribute__((vector_size(16)));
+  static T sum(Whole v) {
+    if constexpr (sizeof(T) == 8)
+      return v[0] + v[1];
+    else
+      return (v[0] + v[2]) + (v[1] + v[3]);
+  }
+};
+
 template <class T>
 inline T horizontal_sum(typename Simd<T>::V v) {
-  // Halving, as every lane count is a power of two: the order is fixed and the error small.
-  T lane[Simd<T>::lanes];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int width = Simd<T>::lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return Halving<T, FASTSEQ_VECTOR_BYTES>::sum(v);
 }
 
 // ---- single values ------------------------------------------------------------------------------
@@ -126,9 +143,18 @@ inline F32x load(const float* p) {
 }
 
 inline F32x load(const bf16* p) {
+  // GCC widens __builtin_convertvector in two halves and joins them: five instructions for one.
+#if defined(__AVX512F__)
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<F32x>(bit_cast<U32x>(_mm512_cvtepu16_epi32(v)) << 16);
+#elif defined(__AVX2__)
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<F32x>(bit_cast<U32x>(_mm256_cvtepu16_epi32(v)) << 16);
+#else
   U16x v;
   std::memcpy(&v, p, sizeof(v));
   return bit_cast<F32x>(__builtin_convertvector(v, U32x) << 16);
+#endif
 }
 
 inline F32x load(const f16* p) {
@@ -165,6 +191,39 @@ inline void store(f16* p, F32x v) {
                    _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < Simd<float>::lanes; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
+// ---- stores past the cache ------------------------------------------------------------------------
+
+// As store, without reading the line first and without keeping it: for outputs larger than the cache.
+// p must be aligned to sizeof(M) * lanes; fence() before others read.
+template <class M, class V>
+inline void stream(M* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(M) == 2) {
+    M narrow[sizeof(V) / 4];
+    store(narrow, v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(M) == 2) {
+    M narrow[sizeof(V) / 4];
+    store(narrow, v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(narrow));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
 #endif
 }
 
