@@ -55,7 +55,11 @@ class BuildExtension(build_ext):
         ]
         if NVCC:
             names = " ".join(f"sm_{name}" for name in ARCHITECTURES)
-            binding_flags += ["-DFASTSEQ_CUDA", "-DUSE_CUDA", f'-DFASTSEQ_CUDA_ARCHITECTURES="{names}"']
+            binding_flags += [
+                "-DFASTSEQ_CUDA",
+                "-DUSE_CUDA",
+                f'-DFASTSEQ_CUDA_ARCHITECTURES="{names}"',
+            ]
 
         commands = [[*host, *binding_flags, "-c", "csrc/bindings.cpp"]]
         commands += [[*host, "-c", "csrc/cpu/scratch.cpp"]]
@@ -71,7 +75,14 @@ class BuildExtension(build_ext):
             last = ARCHITECTURES[-1]
             targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
             commands += [
-                [NVCC, *BASE, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", f"csrc/cuda/{k}.cu"]
+                [
+                    NVCC,
+                    *BASE,
+                    *targets,
+                    "-Xcompiler=-fPIC,-fvisibility=hidden",
+                    "-c",
+                    f"csrc/cuda/{k}.cu",
+                ]
                 for k in KERNELS
             ]
         outputs = [objects / f"{index}.o" for index in range(len(commands))]

@@ -2,10 +2,10 @@
 #include "tensors.h"
 
 #include <Python.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/layer_norm.h"
@@ -60,15 +60,17 @@ std::string cuda_architectures() {
 
 // ---- layer_norm -----------------------------------------------------------------------------------
 
-// Whether a tensor is so large that the last-level cache would not hold it for its reader.
+// Whether a tensor is so large that a core's share of the cache would not hold it for its reader. A
+// constant: what the system reports is a socket's cache, and in virtual machines often not even that.
 bool past_cache(const Tensor& tensor) {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const int64_t found = 0;
-#endif
-  const int64_t cache = found > 0 ? found : 32 << 20;
-  return 2 * tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= cache;
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= 16 << 20;
+}
+
+// [0, count) in ranges of at least grain on torch's threads; a small problem on this one.
+template <class F>
+void parallel(int64_t count, int64_t grain, const F& range) {
+  if (count <= grain) return range(0, count);
+  torch::stable::parallel_for(0, count, grain, range);
 }
 
 // Rows that are worth a task of their own.
@@ -82,89 +84,123 @@ Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double 
   return dropout;
 }
 
-LayerNormForward forward_args(const Tensor& input, const std::optional<Tensor>& residual,
-                              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                              const std::optional<Tensor>& seed, const Tensor& output,
-                              const Tensor& new_residual, const Tensor& mean, const Tensor& rstd,
-                              int64_t row_length, double eps, bool rms, int64_t threshold,
-                              double scale) {
-  LayerNormForward args;
-  args.rows = rstd.numel();
-  args.row_length = row_length;
-  args.input = rows_of(input, row_length);
-  args.residual = rows_of(residual, row_length);
-  args.weight = vector_of(weight);
-  args.bias = vector_of(bias);
-  args.dropout = dropout_of(seed, threshold, scale);
-  args.eps = eps;
-  args.rms = rms;
-  args.output = rows_of(output, row_length);
-  args.new_residual = rows_of(new_residual, row_length);
-  args.mean = vector_of(mean);
-  args.rstd = vector_of(rstd);
-  return args;
+using torch::headeronly::ScalarType;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-LayerNormBackward backward_args(const Tensor& grad_output,
-                                const std::optional<Tensor>& grad_new_residual, const Tensor& x,
-                                const std::optional<Tensor>& weight, const Tensor& mean,
-                                const Tensor& rstd, const std::optional<Tensor>& seed,
-                                const Tensor& grad_x, const Tensor& grad_input,
-                                const Tensor& grad_weight, const Tensor& grad_bias,
-                                int64_t row_length, int64_t threshold, double scale) {
-  LayerNormBackward args;
-  args.rows = rstd.numel();
-  args.row_length = row_length;
-  args.grad_output = rows_of(grad_output, row_length);
-  args.grad_new_residual = rows_of(grad_new_residual, row_length);
-  args.x = rows_of(x, row_length);
-  args.weight = vector_of(weight);
-  args.mean = vector_of(mean);
-  args.rstd = vector_of(rstd);
-  args.dropout = dropout_of(seed, threshold, scale);
-  args.rms = mean.numel() == 0;
-  args.grad_x = rows_of(grad_x, row_length);
-  args.grad_input = rows_of(grad_input, row_length);
-  args.grad_weight = vector_of(grad_weight);
-  args.grad_bias = vector_of(grad_bias);
-  return args;
+// Allocates what the op returns, fills in the problem, and has launch solve it: the same for the CPU
+// and CUDA. Outputs are laid out as the fake in fastseq/ops/layer_norm.py says.
+template <class Launch>
+Tensors4 forward(const Tensor& input, const std::optional<Tensor>& residual,
+                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& seed, int64_t row_length, double eps, bool rms,
+                 int64_t threshold, double scale, ScalarType output_dtype, ScalarType residual_dtype,
+                 Launch launch) {
+  const std::vector<int64_t> sizes = sizes_of(input);
+  const ScalarType statistics = statistics_type(input);
+  LayerNormForward problem;
+  problem.rows = input.numel() / row_length;
+  const Tensor output = empty(sizes, output_dtype, input);
+  const Tensor new_residual =
+      empty(residual ? sizes : std::vector<int64_t>{0}, residual_dtype, input);
+  const Tensor mean = empty({rms ? 0 : problem.rows}, statistics, input);
+  const Tensor rstd = empty({problem.rows}, statistics, input);
+
+  problem.row_length = row_length;
+  problem.input = rows_of(input, row_length);
+  problem.residual = rows_of(residual, row_length);
+  problem.weight = vector_of(weight);
+  problem.bias = vector_of(bias);
+  problem.dropout = dropout_of(seed, threshold, scale);
+  problem.eps = eps;
+  problem.rms = rms;
+  problem.output = rows_of(output, row_length);
+  problem.new_residual = rows_of(new_residual, row_length);
+  problem.mean = vector_of(mean);
+  problem.rstd = vector_of(rstd);
+  problem.past_cache = past_cache(output);
+  if (problem.rows > 0) launch(problem);
+  return {output, new_residual, mean, rstd};
 }
 
-void layer_norm_forward_cpu(Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-                            std::optional<Tensor> bias, std::optional<Tensor> seed, Tensor output,
-                            Tensor new_residual, Tensor mean, Tensor rstd, int64_t row_length,
-                            double eps, bool rms, int64_t threshold, double scale) {
-  LayerNormForward args =
-      forward_args(input, residual, weight, bias, seed, output, new_residual, mean, rstd, row_length,
-                   eps, rms, threshold, scale);
-  args.past_cache = past_cache(output);
-  const LayerNormCpu& kernels = *instruction_set().layer_norm;
-  torch::stable::parallel_for(
-      0, args.rows, grain(row_length),
-      [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
+enum Wanted : int64_t { kGradX = 1, kGradInput = 2, kGradWeight = 4, kGradBias = 8 };
+
+template <class Launch>
+Tensors4 backward(const Tensor& grad_output, const std::optional<Tensor>& grad_new_residual,
+                  const Tensor& x, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd,
+                  const std::optional<Tensor>& seed, int64_t row_length, int64_t threshold,
+                  double scale, ScalarType input_dtype, int64_t wanted, Launch launch) {
+  const std::vector<int64_t> none{0};
+  const std::vector<int64_t> sizes = sizes_of(x);
+  const auto parameter = [&](const std::optional<Tensor>& like, bool want) {
+    return like && want ? empty(sizes_of(*like), like->scalar_type(), x)
+                        : empty(none, x.scalar_type(), x);
+  };
+  const Tensor grad_x = empty(wanted & kGradX ? sizes : none, x.scalar_type(), x);
+  const Tensor grad_input = empty(wanted & kGradInput ? sizes : none, input_dtype, x);
+  const Tensor grad_weight = parameter(weight, wanted & kGradWeight);
+  const Tensor grad_bias = parameter(bias, wanted & kGradBias);
+
+  LayerNormBackward problem;
+  problem.rows = rstd.numel();
+  problem.row_length = row_length;
+  problem.grad_output = rows_of(grad_output, row_length);
+  problem.grad_new_residual = rows_of(grad_new_residual, row_length);
+  problem.x = rows_of(x, row_length);
+  problem.weight = vector_of(weight);
+  problem.mean = vector_of(mean);
+  problem.rstd = vector_of(rstd);
+  problem.dropout = dropout_of(seed, threshold, scale);
+  problem.rms = mean.numel() == 0;
+  problem.grad_x = rows_of(grad_x, row_length);
+  problem.grad_input = rows_of(grad_input, row_length);
+  problem.grad_weight = vector_of(grad_weight);
+  problem.grad_bias = vector_of(grad_bias);
+  problem.past_cache = past_cache(grad_x);
+  launch(problem);
+  return {grad_x, grad_input, grad_weight, grad_bias};
 }
 
-void layer_norm_backward_cpu(Tensor grad_output, std::optional<Tensor> grad_new_residual, Tensor x,
-                             std::optional<Tensor> weight, Tensor mean, Tensor rstd,
-                             std::optional<Tensor> seed, Tensor grad_x, Tensor grad_input,
-                             Tensor grad_weight, Tensor grad_bias, int64_t row_length,
-                             int64_t threshold, double scale) {
-  LayerNormBackward args =
-      backward_args(grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input,
-                    grad_weight, grad_bias, row_length, threshold, scale);
-  const LayerNormCpu& kernels = *instruction_set().layer_norm;
-  args.past_cache = past_cache(grad_x);
-  args.partial_rows = layer_norm_partial_rows(args.rows);
-  // Doubles whatever the compute type: twice the room of floats, never too small.
-  std::vector<double> partials(static_cast<size_t>(2 * args.partial_rows * row_length));
-  args.partials = partials.data();
-  const int64_t rows_per_partial = (args.rows + args.partial_rows - 1) / args.partial_rows;
-  torch::stable::parallel_for(
-      0, args.partial_rows, 1 + grain(row_length) / rows_per_partial,
-      [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
-  torch::stable::parallel_for(
-      0, row_length, 1 + 32768 / args.partial_rows,
-      [&](int64_t begin, int64_t end) { kernels.finish(args, begin, end); });
+Tensors4 layer_norm_forward_cpu(Tensor input, std::optional<Tensor> residual,
+                                std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                std::optional<Tensor> seed, int64_t row_length, double eps, bool rms,
+                                int64_t threshold, double scale, ScalarType output_dtype,
+                                ScalarType residual_dtype) {
+  return forward(input, residual, weight, bias, seed, row_length, eps, rms, threshold, scale,
+                 output_dtype, residual_dtype, [&](const LayerNormForward& problem) {
+                   const LayerNormCpu& kernels = *instruction_set().layer_norm;
+                   parallel(problem.rows, grain(row_length),
+                                               [&](int64_t begin, int64_t end) {
+                                                 kernels.forward(problem, begin, end);
+                                               });
+                 });
+}
+
+Tensors4 layer_norm_backward_cpu(Tensor grad_output, std::optional<Tensor> grad_new_residual, Tensor x,
+                                 std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean,
+                                 Tensor rstd, std::optional<Tensor> seed, int64_t row_length,
+                                 int64_t threshold, double scale, ScalarType input_dtype,
+                                 int64_t wanted) {
+  return backward(
+      grad_output, grad_new_residual, x, weight, bias, mean, rstd, seed, row_length, threshold, scale,
+      input_dtype, wanted, [&](LayerNormBackward& problem) {
+        const LayerNormCpu& kernels = *instruction_set().layer_norm;
+        problem.partial_rows = layer_norm_partial_rows(problem.rows);
+        const Tensor partials =
+            empty({2, problem.partial_rows, row_length}, statistics_type(x), x);
+        problem.partials = partials.data_ptr();
+        const int64_t rows_each = problem.rows / problem.partial_rows + 1;
+        parallel(
+            problem.partial_rows, 1 + grain(row_length) / rows_each,
+            [&](int64_t begin, int64_t end) { kernels.backward(problem, begin, end); });
+        parallel(
+            row_length, 1 + 32768 / problem.partial_rows,
+            [&](int64_t begin, int64_t end) { kernels.finish(problem, begin, end); });
+      });
 }
 
 }  // namespace
@@ -175,12 +211,12 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def("cuda_architectures() -> str");
   m.def(
       "layer_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
-      "Tensor(a!) output, Tensor(b!) new_residual, Tensor(c!) mean, Tensor(d!) rstd, "
-      "int row_length, float eps, bool rms, int threshold, float scale) -> ()");
+      "int row_length, float eps, bool rms, int threshold, float scale, ScalarType output_dtype, "
+      "ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_norm_backward(Tensor grad_output, Tensor? grad_new_residual, Tensor x, Tensor? weight, "
-      "Tensor mean, Tensor rstd, Tensor? seed, Tensor(a!) grad_x, Tensor(b!) grad_input, "
-      "Tensor(c!) grad_weight, Tensor(d!) grad_bias, int row_length, int threshold, float scale) -> ()");
+      "Tensor? bias, Tensor mean, Tensor rstd, Tensor? seed, int row_length, int threshold, "
+      "float scale, ScalarType input_dtype, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {

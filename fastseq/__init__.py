@@ -1,16 +1,21 @@
 """Fused GPU kernels for sequence models, as drop-in parts of PyTorch."""
 
 from . import functional, nn, ops
+from .accelerate import accelerate, restore
 from .backends import BackendError, backends, current_backend, use_backend
+from .explain import explain
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "accelerate",
     "backends",
     "current_backend",
+    "explain",
     "functional",
     "nn",
     "ops",
+    "restore",
     "use_backend",
 ]

@@ -18,17 +18,22 @@ import torch
 
 from . import _extension
 
+#: In no order of preference: that is each op's own.
 NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run an op: ``rejects`` returns the reason it cannot take these arguments, or None."""
+    """One way to run an op.
+
+    Whether a backend runs on the device at all is decided here; ``rejects`` adds what this kernel
+    cannot take, as a reason, or None.
+    """
 
     backend: str
-    run: Callable[..., Any]
-    rejects: Callable[..., str | None]
+    run: Callable[[Any], Any]
+    rejects: Callable[[Any], str | None] = lambda arguments: None
 
 
 @dataclass(frozen=True)
@@ -114,61 +119,64 @@ def note(op: str, backend: str, reason: str = "") -> None:
         _record.append(Decision(op, backend, (("fastseq kernels", reason),) if reason else ()))
 
 
-def select(op: str, candidates: tuple[Candidate, ...], args: tuple[Any, ...]) -> Candidate:
-    """The candidate that runs ``op`` on ``args``.
+def select(op: str, candidates: tuple[Candidate, ...], arguments: Any) -> Candidate:
+    """The candidate that runs ``op`` on ``arguments``, whose first field is a tensor.
 
     Raises:
         BackendError: a forced backend rejects the arguments, or the op has no kernel of that kind.
     """
-    if _forced == "auto":
-        reasons = []
-        for candidate in candidates:
-            reason = candidate.rejects(*args)
-            if reason is None:
-                if _record is not None:
-                    _record.append(Decision(op, candidate.backend, tuple(reasons)))
-                return candidate
-            reasons.append((candidate.backend, reason))
-        raise AssertionError(f"{op}: every candidate rejects, the reference included: {reasons}")
+    tensor = arguments[0]
+    reasons: list[tuple[str, str]] = []
     for candidate in candidates:
-        if candidate.backend == _forced:
-            reason = candidate.rejects(*args)
-            if reason is not None:
-                raise BackendError(f"fastseq.{op}: backend {_forced!r} cannot serve: {reason}")
+        backend = candidate.backend
+        if _forced not in ("auto", backend):
+            continue
+        reason = _DEVICE_REJECTS[backend](tensor) or candidate.rejects(arguments)
+        if reason is None:
             if _record is not None:
-                _record.append(Decision(op, _forced))
+                _record.append(Decision(op, backend, tuple(reasons)))
             return candidate
-    raise BackendError(f"fastseq.{op}: backend {_forced!r} cannot serve: {op} has no such kernel")
+        reasons.append((backend, reason))
+    if _forced == "auto":
+        raise AssertionError(f"{op}: every candidate rejects, the reference included: {reasons}")
+    why = reasons[0][1] if reasons else "it has no such kernel"
+    raise BackendError(f"fastseq.{op}: backend {_forced!r} cannot serve: {why}")
 
 
-def triton_rejects(tensor: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on this tensor's device, or None."""
+def _triton_rejects(tensor: torch.Tensor) -> str | None:
     if tensor.is_cuda:
-        if _extension.TRITON_UNAVAILABLE:
-            return _extension.TRITON_UNAVAILABLE
-        return _capability_rejects(tensor)
-    if tensor.device.type != "cpu":
-        return f"no Triton kernels for device {tensor.device.type}"
+        return _extension.TRITON_UNAVAILABLE or _capability_rejects(tensor)
+    if not tensor.is_cpu:
+        return f"no Triton kernels for {tensor.device.type}"
     if not _INTERPRETED:
         return "CPU tensor (Triton kernels run there only under TRITON_INTERPRET=1)"
     if _forced != "triton":
         return "the Triton interpreter is for tests: only when forced by use_backend('triton')"
+    return _extension.TRITON_UNAVAILABLE
+
+
+def _cuda_rejects(tensor: torch.Tensor) -> str | None:
+    if tensor.is_cuda:
+        return _extension.CUDA_UNAVAILABLE or _capability_rejects(tensor)
+    return "not a CUDA tensor"
+
+
+def _cpu_rejects(tensor: torch.Tensor) -> str | None:
+    return _extension.UNAVAILABLE if tensor.is_cpu else "not a CPU tensor"
+
+
+def _never_rejects(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def cuda_rejects(tensor: torch.Tensor) -> str | None:
-    """Why the CUDA C++ kernels cannot run on this tensor's device, or None."""
-    if not tensor.is_cuda:
-        return f"{tensor.device.type.upper()} tensor"
-    return _extension.CUDA_UNAVAILABLE or _capability_rejects(tensor)
-
-
-def cpu_rejects(tensor: torch.Tensor) -> str | None:
-    """Why the C++ CPU kernels cannot run on this tensor's device, or None."""
-    if tensor.device.type != "cpu":
-        return f"{tensor.device.type.upper()} tensor"
-    return _extension.UNAVAILABLE
-
+#: Why a backend cannot run on a tensor's device, or None.
+_DEVICE_REJECTS: dict[str, Callable[[torch.Tensor], str | None]] = {
+    "triton": _triton_rejects,
+    "cuda": _cuda_rejects,
+    "cpu": _cpu_rejects,
+    "torch": _never_rejects,
+    "reference": _never_rejects,
+}
 
 _capability: dict[int, tuple[int, int]] = {}
 

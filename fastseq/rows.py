@@ -52,5 +52,7 @@ def _fold(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, i
 
 
 def flat(parameter: Tensor | None) -> Tensor | None:
-    """A weight or bias as one contiguous run; None stays None."""
-    return None if parameter is None else parameter.contiguous().view(-1)
+    """A weight or bias with its elements in one run; None stays None."""
+    if parameter is None or parameter.is_contiguous():
+        return parameter
+    return parameter.contiguous()

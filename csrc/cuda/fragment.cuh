@@ -26,7 +26,7 @@ struct Columns {
   }
 };
 
-// Elements as they lie in memory: 32-bit words, a 16-bit dtype filling the first half of each chunk.
+// Elements as they lie in memory: 32-bit words; a 16-bit dtype fills the first half of each chunk.
 template <int kVector, int kChunks>
 struct Packed {
   uint32_t words[kChunks][kVector];
@@ -103,6 +103,8 @@ __device__ __forceinline__ void load_narrow(const void* from, uint32_t (&words)[
   }
 }
 
+// __stwb is a plain store, but one that stays whole: the compiler takes assignments of a vector
+// apart and does not always find the parts again.
 template <int kVector>
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[kVector], bool wide) {
   if constexpr (kVector == 1) {
@@ -114,19 +116,21 @@ __device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[kV
   } else if (wide) {
 #pragma unroll
     for (int i = 0; i < kVector; i += 4) {
-      static_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      __stwb(static_cast<uint4*>(to) + i / 4,
+             make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
     }
   } else if constexpr (kVector == 4) {
-    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    __stwb(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
   } else {
-    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
   }
 }
 
 // Loads the thread's columns of the row that begins at offset; columns past the end are zero bits.
 template <int kVector, int kChunks>
-__device__ __forceinline__ void load(Packed<kVector, kChunks>& packed, const void* data, DType dtype,
-                                     int64_t offset, const Columns& columns, bool active = true) {
+__device__ __forceinline__ void load(Packed<kVector, kChunks>& packed, const void* data,
+                                     DType dtype, int64_t offset, const Columns& columns,
+                                     bool active = true) {
   const char* row = static_cast<const char*>(element(data, dtype, offset));
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -152,8 +156,8 @@ __device__ __forceinline__ void load(Packed<kVector, kChunks>& packed, const voi
 // A vector of parameters, the same for every row; zeros where it is absent.
 template <int kVector, int kChunks>
 __device__ __forceinline__ void load(Packed<kVector, kChunks>& packed, const Vector& vector,
-                                     const Columns& columns) {
-  load(packed, vector.data, vector.dtype, 0, columns, vector.data != nullptr);
+                                     int64_t offset, const Columns& columns) {
+  load(packed, vector.data, vector.dtype, offset, columns, vector.data != nullptr);
 }
 
 template <int kVector, int kChunks>

@@ -80,25 +80,23 @@ inline int backward_vector(const LayerNormBackward& problem) {
   });
 }
 
-// Two kernels in registers. One vector a thread (short: 8 elements, or 4 scalars) has the shortest
-// chain of instructions; several (long: 16 bytes times 4 in flight a thread) keep enough loads
-// waiting to cover DRAM latency: 4.8 TB/s * 0.7 us / 132 SMs = 25 kB, and 1024 resident threads
-// times 64 B are 64 kB. So: one vector a thread as long as the whole problem then still fits the
-// chip at once (2^18 threads are about 132 SMs * 2048), or where the row has no more for a warp.
+// Rows of up to 32 vectors take one a thread, in teams within a warp: no barrier, and the
+// parameters are fetched ahead. Longer ones take several (64 bytes a thread for whole vectors),
+// which keeps enough loads waiting to cover DRAM latency: 4.8 TB/s * 0.7 us / 132 SMs = 25 kB,
+// where 1024 resident threads times 64 B are 64 kB. The number of rows has no say: a row's bits
+// must not depend on the batch it came in, and the order of its sum follows from the choice here.
 inline Launch choose_forward(int64_t rows, int64_t row_length, int vector) {
   const int few = vector == 1 ? 4 : 1;
   const int many = vector == 1 ? 16 : 4;
   const int64_t vectors = ceil_div(row_length, vector);
-  Launch launch{vector, 0, kMaxTeam, kMaxTeam, std::min(rows, kMaxGrid)};
+  Launch launch{vector, 0, kMaxTeam, kMaxTeam, rows};
   if (vectors > int64_t{kMaxTeam} * many) return launch;
-  const bool one_wave = rows * ceil_div(vectors, few) <= (int64_t{1} << 18);
-  const bool fits_few = vectors <= int64_t{kMaxTeam} * few;
-  launch.chunks = fits_few && (one_wave || vectors <= 32 * few) ? few : many;
+  launch.chunks = vectors <= 32 * few ? few : many;
   launch.team_threads = static_cast<int>(ceil_power_of_two(ceil_div(vectors, launch.chunks)));
   // Short rows share a block of 128 threads: small enough to spread a few rows over many SMs, and
   // 16 such blocks fill one.
   launch.block_threads = std::max(launch.team_threads, 128);
-  launch.blocks = std::min(ceil_div(rows, launch.block_threads / launch.team_threads), kMaxGrid);
+  launch.blocks = ceil_div(rows, launch.block_threads / launch.team_threads);
   return launch;
 }
 
@@ -121,7 +119,8 @@ inline Launch choose_backward(int64_t row_length, int vector) {
 // of 512 threads (rows above 4096): one. Never more than there are tiles of rows at 16 elements a
 // thread, so that no partial row is written for nothing.
 inline int64_t partial_rows(int64_t rows, int64_t row_length, int sm_count) {
-  const int64_t teams = std::max<int64_t>(1, 4096 / ceil_power_of_two(std::max<int64_t>(row_length, 16)));
+  const int64_t padded = ceil_power_of_two(std::max<int64_t>(row_length, 16));
+  const int64_t teams = std::max<int64_t>(1, 4096 / padded);
   const int64_t resident = int64_t{sm_count} * (row_length <= 4096 ? 2 : 1);
   return std::max<int64_t>(1, std::min(ceil_div(rows, teams), resident));
 }

@@ -14,12 +14,17 @@ struct Team {
   int threads;  // in this team
   int index;    // of this team in the block
   int lane;     // of this thread in its team
-
-  __device__ __forceinline__ explicit Team(int team_threads)
-      : threads(team_threads),
-        index(static_cast<int>(threadIdx.x) / team_threads),
-        lane(static_cast<int>(threadIdx.x) % team_threads) {}
 };
+
+// How many teams of that size the given number of threads makes.
+__device__ __forceinline__ int count_teams(unsigned threads, int team_threads) {
+  return static_cast<int>(threads) >> (__ffs(team_threads) - 1);
+}
+
+__device__ __forceinline__ Team make_team(int team_threads) {
+  return {team_threads, count_teams(threadIdx.x, team_threads),
+          static_cast<int>(threadIdx.x) & (team_threads - 1)};
+}
 
 // Where warps leave their sums for one another. Two halves in turn: a warp may write its next sum
 // while a slower one still reads the last, so one barrier a sum is enough.
@@ -28,7 +33,7 @@ struct TeamScratch {
 };
 
 // Sums each value over the team; every thread gets the same bits, in an order that depends on the
-// team's size alone. All threads of the block must call it together. half is the caller's, 0 at first.
+// team's size alone. All threads of the block must call it together. half is the caller's, first 0.
 template <int kCount>
 __device__ __forceinline__ void team_sum(float (&values)[kCount], const Team& team,
                                          TeamScratch& scratch, int& half) {

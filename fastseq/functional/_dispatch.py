@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,12 +16,22 @@ def is_foreign(*tensors: Tensor | None) -> bool:
     masked tensors, user classes), for layouts other than dense, and while ``torch.jit.trace``
     records a graph that has to run without fastseq.
     """
-    if has_torch_function(tensors) or torch.jit.is_tracing():
-        return True
-    return any(
-        tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested)
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES and _overrides_functions(tensor):
+            return True
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return True
+    return torch._C._is_tracing()
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _overrides_functions(tensor: Tensor) -> bool:
+    # Not has_torch_function: that is also true under torch.set_default_device, which is a mode.
+    return type(tensor).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def is_transformed() -> bool:
@@ -32,9 +41,11 @@ def is_transformed() -> bool:
 
 def records_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a gradient for any of these."""
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_to_fp32(tensor: Tensor) -> bool:

@@ -46,7 +46,7 @@ def layer_norm(
     """
     if is_foreign(input, weight, bias):
         note("layer_norm", "torch", "a tensor subclass, layout or trace that torch must handle")
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     return _norm("layer_norm", input, normalized_shape, weight, bias, eps, rms=False)
 
 
@@ -77,7 +77,7 @@ def rms_norm(
     """
     if is_foreign(input, weight):
         note("rms_norm", "torch", "a tensor subclass, layout or trace that torch must handle")
-        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        return F.rms_norm(input, normalized_shape, weight, eps)
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, rms=True)
 
 
@@ -185,7 +185,7 @@ def _norm(
             input, shape, weight, bias, eps, rms=rms, output_dtype=output_dtype
         )
     if records_gradient(input, weight, bias):
-        output: Tensor = LayerNormFunction.apply(
+        output: Tensor = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
             input,
             None,
             weight,
@@ -252,7 +252,7 @@ def _add_norm(
             residual_dtype=residual_dtype,
         )
     if records_gradient(input, residual, weight, bias):
-        outputs: tuple[Tensor, Tensor] = LayerNormFunction.apply(
+        outputs: tuple[Tensor, Tensor] = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
             input,
             residual,
             weight,
@@ -333,24 +333,29 @@ def _validated_shape(
         raise NotImplementedError(
             f"{name}: input must be fp32, fp64, fp16 or bf16, got {input.dtype}"
         )
-    for role, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        if parameter.shape != shape:
-            raise RuntimeError(
-                f"{name}: {role} must have the shape of normalized_shape, {list(shape)}, "
-                f"got {list(parameter.shape)}"
-            )
-        if parameter.device != input.device:
-            raise RuntimeError(
-                f"{name}: {role} must be on the input's device {input.device}, "
-                f"got {parameter.device}"
-            )
-        if parameter.dtype not in FLOATING:
-            raise NotImplementedError(
-                f"{name}: {role} must be fp32, fp64, fp16 or bf16, got {parameter.dtype}"
-            )
+    if weight is not None:
+        _validate_parameter(name, "weight", weight, shape, input.device)
+    if bias is not None:
+        _validate_parameter(name, "bias", bias, shape, input.device)
     return shape
+
+
+def _validate_parameter(
+    name: str, role: str, parameter: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if parameter.shape != shape:
+        raise RuntimeError(
+            f"{name}: {role} must have the shape of normalized_shape, {list(shape)}, "
+            f"got {list(parameter.shape)}"
+        )
+    if parameter.device != device:
+        raise RuntimeError(
+            f"{name}: {role} must be on the input's device {device}, got {parameter.device}"
+        )
+    if parameter.dtype not in FLOATING:
+        raise NotImplementedError(
+            f"{name}: {role} must be fp32, fp64, fp16 or bf16, got {parameter.dtype}"
+        )
 
 
 def _validate_residual(name: str, input: Tensor, residual: Tensor) -> None:

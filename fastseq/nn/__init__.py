@@ -1,8 +1,13 @@
-"""Drop-in modules: subclasses of ``torch.nn``'s with the same constructor, state_dict and semantics."""
+"""Drop-in modules: subclasses of ``torch.nn``'s with their constructor, state_dict and semantics."""
+
+import torch
 
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 
-#: torch's class -> ours, for ``fastseq.accelerate``. Only direct subclasses without state of their own.
-DROP_IN = {cls.__base__: cls for cls in (LayerNorm, RMSNorm)}
+#: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
+DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LayerNorm: LayerNorm,
+    torch.nn.RMSNorm: RMSNorm,
+}
 
 __all__ = ["AddLayerNorm", "AddRMSNorm", "LayerNorm", "RMSNorm"]

@@ -12,9 +12,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on fastseq's kernels; see :func:`fastseq.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):

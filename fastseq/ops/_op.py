@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _extension
 from ..backends import Candidate, select
 
 _LIBRARY = torch.library.Library("fastseq", "DEF")
@@ -17,7 +18,10 @@ REGISTRY: dict[str, tuple[Candidate, ...]] = {}
 
 
 def define_op(
-    schema: str, fake: Callable[..., Any], candidates: tuple[Candidate, ...]
+    schema: str,
+    arguments: type[Any],
+    fake: Callable[[Any], Any],
+    candidates: tuple[Candidate, ...],
 ) -> Callable[..., Any]:
     """Register ``fastseq::<schema>`` and return it as something to call with positional arguments.
 
@@ -27,21 +31,61 @@ def define_op(
 
     Args:
         schema: the op's schema without namespace, no default values (the dispatcher would drop them).
+        arguments: a NamedTuple class with the schema's arguments in its order; fake and candidates
+            take one of it.
         fake: what the op returns on fake tensors: the allocations of the launcher.
-        candidates: in order of preference; all take the op's arguments. The last never rejects.
+        candidates: in order of preference. The last never rejects.
     """
     name = schema[: schema.index("(")]
     assert name not in REGISTRY, f"{name} is defined twice"
     REGISTRY[name] = candidates
 
     def implementation(*args: Any) -> Any:
-        return select(name, candidates, args).run(*args)
+        given = arguments(*args)
+        return select(name, candidates, given).run(given)
+
+    def fake_implementation(*args: Any) -> Any:
+        return fake(arguments(*args))
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastseq::{name}", fake, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.fastseq, name).default
+    torch.library.register_fake(f"fastseq::{name}", fake_implementation, lib=_LIBRARY)
+    op = getattr(torch.ops.fastseq, name).default
+
+    def call(*args: Any) -> Any:
+        return implementation(*args) if _is_plain(args[0]) else op(*args)
+
+    return call
+
+
+def extension_op(name: str) -> Callable[..., Any]:
+    """The C++ op ``fastseq_C::name``; one that must not be called where there is no extension."""
+    if _extension.UNAVAILABLE:
+        return _no_extension
+    # _op: the bound C function under OpOverload.__call__, which only forwards to it.
+    op: Callable[..., Any] = getattr(torch.ops.fastseq_C, name).default._op
     return op
+
+
+def _no_extension(*args: Any) -> Any:
+    raise AssertionError(f"selected without the extension: {_extension.UNAVAILABLE}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nobody listens to the dispatcher, so that the way through it (4 us) can be saved.
+
+    Compilers, dispatch modes (fake tensors, FLOP counters, tracers) and subclasses listen; so does
+    the meta device, which has the fake only.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and not torch.compiler.is_compiling()
+        and not tensor.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def differentiable_gradients(
@@ -60,7 +104,9 @@ def differentiable_gradients(
     """
     # Aliases: one tensor given twice still gets one gradient per argument, not their sum twice.
     aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    chosen = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
+    chosen = [
+        alias for alias, want in zip(aliases, wanted, strict=True) if want and alias is not None
+    ]
     grads = iter(
         torch.autograd.grad(
             function(*aliases), chosen, grad_output, create_graph=True, allow_unused=True

@@ -6,28 +6,33 @@ residual (AddNorm)::
     x      = residual + dropout(input)        (x = input without a residual)
     output = (x - mean) * rstd * weight + bias
 
-Outputs are allocated here, in one place for the fakes and every kernel; a *launcher* (Triton, CUDA or
-C++, all with one signature) fills them. An output that a call does not have is an empty tensor. The
-public functions are in ``fastseq/functional/layer_norm.py``.
+An output that a call does not have is an empty tensor. The public functions are in
+``fastseq/functional/layer_norm.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import Candidate, cpu_rejects, cuda_rejects, triton_rejects
+from ..backends import Candidate
 from ..random import keep_mask, keep_scale, threshold
 from ..reference import layer_norm as reference
 from ..reference.layer_norm import compute_dtype
 from ..rows import as_rows, flat
-from ._op import define_op, differentiable_gradients
+from ._op import define_op, differentiable_gradients, extension_op
 
-Launcher = Callable[..., None]
+_extension_forward = extension_op("layer_norm_forward")
+_extension_backward = extension_op("layer_norm_backward")
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _1d(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1)
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -39,135 +44,122 @@ _FORWARD = """_layer_norm_fwd(
 ) -> (Tensor output, Tensor new_residual, Tensor mean, Tensor rstd)"""
 
 
-def _forward_outputs(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    row_length: int,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    output_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> Tensors4:
-    """Uninitialised outputs; statistics are ``[rows]``, and RMSNorm has no mean."""
-    rows = input.numel() // row_length
-    stats = compute_dtype(input.dtype)
+class Forward(NamedTuple):
+    """The arguments of the forward op; shapes in ``functional/layer_norm.py``."""
+
+    input: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    seed: Tensor | None
+    row_length: int
+    eps: float
+    rms: bool
+    dropout_p: float
+    output_dtype: torch.dtype
+    residual_dtype: torch.dtype
+
+
+def _forward_outputs(a: Forward) -> Tensors4:
+    """Uninitialised outputs, the fake's too; statistics are ``[rows]``, and RMSNorm has no mean."""
+    rows = a.input.numel() // a.row_length
+    stats = compute_dtype(a.input.dtype)
+    residual_shape = (0,) if a.residual is None else a.input.shape
+    empty = a.input.new_empty
     return (
-        torch.empty(input.shape, dtype=output_dtype, device=input.device),
-        torch.empty(
-            0 if residual is None else input.shape, dtype=residual_dtype, device=input.device
-        ),
-        torch.empty(0 if rms else rows, dtype=stats, device=input.device),
-        torch.empty(rows, dtype=stats, device=input.device),
+        empty(a.input.shape, dtype=a.output_dtype),
+        empty(residual_shape, dtype=a.residual_dtype),
+        empty(0 if a.rms else rows, dtype=stats),
+        empty(rows, dtype=stats),
     )
 
 
-def _forward_by(launch: Launcher) -> Callable[..., Tensors4]:
-    def forward(
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        row_length: int,
-        eps: float,
-        rms: bool,
-        dropout_p: float,
-        *dtypes: torch.dtype,
-    ) -> Tensors4:
-        outputs = _forward_outputs(
-            input, residual, weight, bias, seed, row_length, eps, rms, dropout_p, *dtypes
+def _forward_by_triton(a: Forward) -> Tensors4:
+    from ..kernels import layer_norm  # here, not above: without Triton the rest still works
+
+    outputs = _forward_outputs(a)
+    if a.input.numel():
+        layer_norm.forward(
+            as_rows(a.input, a.row_length),
+            None if a.residual is None else as_rows(a.residual, a.row_length),
+            flat(a.weight),
+            flat(a.bias),
+            a.seed,
+            *outputs,
+            a.row_length,
+            a.eps,
+            a.rms,
+            *_dropout(a),
         )
-        if input.numel():
-            launch(
-                as_rows(input, row_length),
-                None if residual is None else as_rows(residual, row_length),
-                flat(weight),
-                flat(bias),
-                seed,
-                *outputs,
-                row_length,
-                eps,
-                rms,
-                threshold(dropout_p),
-                keep_scale(dropout_p),
-            )
-        return outputs
-
-    return forward
+    return outputs
 
 
-def _forward_by_torch(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    row_length: int,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    output_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> Tensors4:
-    stats = compute_dtype(input.dtype)
-    x = input if residual is None else (residual + input).to(residual_dtype)
-    rows = x.reshape(-1, row_length).to(output_dtype)
-    parameters = [None if p is None else flat(p).to(output_dtype) for p in (weight, bias)]
-    if rms:
-        output, rstd = torch.ops.aten._fused_rms_norm(rows, [row_length], parameters[0], eps)
+def _forward_by_extension(a: Forward) -> Tensors4:
+    output, new_residual, mean, rstd = _extension_forward(
+        as_rows(a.input, a.row_length),
+        None if a.residual is None else as_rows(a.residual, a.row_length),
+        flat(a.weight),
+        flat(a.bias),
+        a.seed,
+        a.row_length,
+        a.eps,
+        a.rms,
+        *_dropout(a),
+        a.output_dtype,
+        a.residual_dtype,
+    )
+    if output.shape != a.input.shape:  # a strided input went in as its rows
+        output = output.view(a.input.shape)
+        new_residual = new_residual if a.residual is None else new_residual.view(a.input.shape)
+    return output, new_residual, mean, rstd
+
+
+def _forward_by_torch(a: Forward) -> Tensors4:
+    x = a.input if a.residual is None else (a.residual + a.input).to(a.residual_dtype)
+    rows = x.reshape(-1, a.row_length).to(a.output_dtype)
+    weight, bias = (None if p is None else p.to(a.output_dtype) for p in (a.weight, a.bias))
+    shape = [a.row_length]
+    if a.rms:
+        output, rstd = torch.ops.aten._fused_rms_norm(rows, shape, _1d(weight), a.eps)
         mean = rstd[:0]
     else:
-        output, mean, rstd = torch.native_layer_norm(rows, [row_length], *parameters, eps)
-    new_residual = x.new_empty(0, dtype=residual_dtype) if residual is None else x.contiguous()
+        output, mean, rstd = torch.native_layer_norm(rows, shape, _1d(weight), _1d(bias), a.eps)
+    new_residual = x.contiguous() if a.residual is not None else x.new_empty(0)
+    stats = compute_dtype(a.input.dtype)
     return (
-        output.view(input.shape),
-        new_residual,
+        output.view(a.input.shape),
+        new_residual.to(a.residual_dtype),
         mean.to(stats).view(-1),
         rstd.to(stats).view(-1),
     )
 
 
-def _forward_by_reference(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    row_length: int,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    output_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> Tensors4:
-    rows, shape = input.reshape(-1, row_length), (row_length,)
-    weight, bias = flat(weight), flat(bias)
-    if residual is None:
-        x, new_residual = rows, input.new_empty(0, dtype=residual_dtype)
+def _forward_by_reference(a: Forward) -> Tensors4:
+    rows, shape = a.input.reshape(-1, a.row_length), (a.row_length,)
+    weight, bias = _1d(a.weight), _1d(a.bias)
+    if a.residual is None:
+        x, new_residual = rows, a.input.new_empty(0, dtype=a.residual_dtype)
         output = reference.layer_norm(
-            rows, shape, weight, bias, eps, rms=rms, output_dtype=output_dtype
+            rows, shape, weight, bias, a.eps, rms=a.rms, output_dtype=a.output_dtype
         )
     else:
         output, x = reference.add_layer_norm(
             rows,
-            residual.reshape(-1, row_length),
+            a.residual.reshape(-1, a.row_length),
             shape,
             weight,
             bias,
-            eps,
-            rms=rms,
-            dropout_p=dropout_p,
-            seed=seed,
-            output_dtype=output_dtype,
-            residual_dtype=residual_dtype,
+            a.eps,
+            rms=a.rms,
+            dropout_p=a.dropout_p,
+            seed=a.seed,
+            output_dtype=a.output_dtype,
+            residual_dtype=a.residual_dtype,
         )
-        new_residual = x.view(input.shape)
-    mean, rstd = reference.statistics(x, shape, eps, rms)
-    return output.view(input.shape), new_residual, (mean[:0] if rms else mean)[:, 0], rstd[:, 0]
+        new_residual = x.view(a.input.shape)
+    mean, rstd = reference.statistics(x, shape, a.eps, a.rms)
+    mean = mean[:0] if a.rms else mean
+    return output.view(a.input.shape), new_residual, mean[:, 0], rstd[:, 0]
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -179,263 +171,190 @@ _BACKWARD = """_layer_norm_bwd(
 ) -> (Tensor grad_x, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"""
 
 
-def _backward_outputs(
-    grad_output: Tensor,
-    grad_new_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    row_length: int,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    wanted: Sequence[bool],
-) -> Tensors4:
+class Backward(NamedTuple):
+    """The arguments of the backward op. ``x`` is the input, or the new residual where there is one."""
+
+    grad_output: Tensor
+    grad_new_residual: Tensor | None
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    seed: Tensor | None
+    row_length: int
+    dropout_p: float
+    input_dtype: torch.dtype
+    wanted: Sequence[bool]
+
+
+def _backward_outputs(a: Backward) -> Tensors4:
     """Uninitialised gradients: of x, of the input where that differs, of weight and bias."""
 
     def like(tensor: Tensor | None, want: bool, dtype: torch.dtype | None = None) -> Tensor:
         if tensor is None or not want:
-            return torch.empty(0, dtype=dtype or x.dtype, device=x.device)
-        return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=x.device)
+            return a.x.new_empty(0, dtype=dtype)
+        return tensor.new_empty(tensor.shape, dtype=dtype)
 
     return (
-        like(x, wanted[0]),
-        like(x, wanted[1], input_dtype),
-        like(weight, wanted[2]),
-        like(bias, wanted[3]),
+        like(a.x, a.wanted[0]),
+        like(a.x, a.wanted[1], a.input_dtype),
+        like(a.weight, a.wanted[2]),
+        like(a.bias, a.wanted[3]),
     )
 
 
-def _backward_by(launch: Launcher) -> Callable[..., Tensors4]:
-    def backward(
-        grad_output: Tensor,
-        grad_new_residual: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        seed: Tensor | None,
-        row_length: int,
-        dropout_p: float,
-        input_dtype: torch.dtype,
-        wanted: Sequence[bool],
-    ) -> Tensors4:
-        outputs = _backward_outputs(
-            grad_output,
-            grad_new_residual,
-            x,
-            weight,
-            bias,
-            mean,
-            rstd,
-            seed,
-            row_length,
-            dropout_p,
-            input_dtype,
-            wanted,
-        )
-        if x.numel():
-            launch(
-                as_rows(grad_output, row_length),
-                None if grad_new_residual is None else as_rows(grad_new_residual, row_length),
-                as_rows(x, row_length),
-                flat(weight),
-                mean,
-                rstd,
-                seed,
-                *outputs,
-                row_length,
-                threshold(dropout_p),
-                keep_scale(dropout_p),
-            )
-        else:
-            for grad in outputs[2:]:
-                grad.zero_()
-        return outputs
-
-    return backward
-
-
-def _backward_by_torch(
-    grad_output: Tensor,
-    grad_new_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    row_length: int,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    wanted: Sequence[bool],
-) -> Tensors4:
-    dtype = grad_output.dtype
-    low_precision_stats = x.device.type == "cpu" and (weight is None or weight.dtype == dtype)
-    stats = dtype if low_precision_stats else mean.dtype
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_output.reshape(-1, row_length),
-        x.reshape(-1, row_length).to(dtype),
-        [row_length],
-        mean.view(-1, 1).to(stats),
-        rstd.view(-1, 1).to(stats),
-        flat(weight),
-        flat(bias),
-        [True, weight is not None and wanted[2], bias is not None and wanted[3]],
-    )
-    return _finish_backward(
-        grad_x, grad_weight, grad_bias, grad_new_residual, x, weight, bias, None, wanted, input_dtype
-    )
-
-
-def _backward_by_reference(
-    grad_output: Tensor,
-    grad_new_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    row_length: int,
-    dropout_p: float,
-    input_dtype: torch.dtype,
-    wanted: Sequence[bool],
-) -> Tensors4:
-    rms = not mean.numel()
-    grads = reference.layer_norm_backward(
-        grad_output.reshape(-1, row_length),
-        x.reshape(-1, row_length),
-        flat(weight),
-        torch.zeros_like(rstd)[:, None] if rms else mean[:, None],
-        rstd[:, None],
-        (row_length,),
-        rms=rms,
-    )
-    kept = None
-    if seed is not None:
-        kept = keep_mask(seed, (rstd.numel(), row_length), dropout_p) * keep_scale(dropout_p)
-    return _finish_backward(
-        *grads, grad_new_residual, x, weight, bias, kept, wanted, input_dtype
-    )
-
-
-def _finish_backward(
-    grad_x: Tensor,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_new_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    wanted: Sequence[bool],
-    input_dtype: torch.dtype,
-) -> Tensors4:
-    """Adds the residual's gradient, applies the dropout mask, and brings all to the fake's layout."""
-    if grad_new_residual is not None:
-        grad_x = grad_x + grad_new_residual.reshape(grad_x.shape)
-    grad_input = grad_x if kept is None else grad_x * kept
-
-    def declared(grad: Tensor | None, tensor: Tensor | None, want: bool, dtype: Any) -> Tensor:
-        if grad is None or tensor is None or not want:
-            return x.new_empty(0, dtype=dtype)
-        return grad.to(dtype).reshape(tensor.shape).clone(memory_format=torch.contiguous_format)
-
-    return (
-        declared(grad_x, x, wanted[0], x.dtype),
-        declared(grad_input, x, wanted[1], input_dtype),
-        declared(grad_weight, weight, wanted[2], x.dtype if weight is None else weight.dtype),
-        declared(grad_bias, bias, wanted[3], x.dtype if bias is None else bias.dtype),
-    )
-
-
-# --- launchers and candidates --------------------------------------------------------------------
-
-
-def _triton_forward(*args: Any) -> None:
-    from ..kernels import layer_norm  # here, not above: without Triton installed the rest works
-
-    layer_norm.forward(*args)
-
-
-def _triton_backward(*args: Any) -> None:
+def _backward_by_triton(a: Backward) -> Tensors4:
     from ..kernels import layer_norm
 
-    layer_norm.backward(*args)
+    outputs = _backward_outputs(a)
+    if not a.x.numel():
+        return _without_rows(outputs)
+    stream = a.grad_new_residual
+    layer_norm.backward(
+        as_rows(a.grad_output, a.row_length),
+        None if stream is None else as_rows(stream, a.row_length),
+        as_rows(a.x, a.row_length),
+        flat(a.weight),
+        a.mean,
+        a.rstd,
+        a.seed,
+        *outputs,
+        a.row_length,
+        *_dropout(a),
+    )
+    return outputs
 
 
-def _extension_forward(*args: Any) -> None:
-    torch.ops.fastseq_C.layer_norm_forward(*args)
+def _backward_by_extension(a: Backward) -> Tensors4:
+    if not a.x.numel():
+        return _without_rows(_backward_outputs(a))
+    stream = a.grad_new_residual
+    wanted = sum(bit for bit, want in zip((1, 2, 4, 8), a.wanted, strict=True) if want)
+    outputs: Tensors4 = _extension_backward(
+        as_rows(a.grad_output, a.row_length),
+        None if stream is None else as_rows(stream, a.row_length),
+        as_rows(a.x, a.row_length),
+        flat(a.weight),
+        flat(a.bias),
+        a.mean,
+        a.rstd,
+        a.seed,
+        a.row_length,
+        *_dropout(a),
+        a.input_dtype,
+        wanted,
+    )
+    if a.x.is_contiguous():
+        return outputs
+    grad_x, grad_input, grad_weight, grad_bias = outputs
+    return (
+        grad_x.view(a.x.shape) if a.wanted[0] else grad_x,
+        grad_input.view(a.x.shape) if a.wanted[1] else grad_input,
+        grad_weight,
+        grad_bias,
+    )
 
 
-def _extension_backward(*args: Any) -> None:
-    torch.ops.fastseq_C.layer_norm_backward(*args)
+def _without_rows(outputs: Tensors4) -> Tensors4:
+    """Sums over no rows are zero."""
+    for grad in outputs[2:]:
+        grad.zero_()
+    return outputs
 
 
-def _rejects_forward(
-    device_rejects: Callable[[Tensor], str | None], fp64: bool
-) -> Callable[..., str | None]:
-    def rejects(input: Tensor, *rest: Any) -> str | None:
-        if input.dtype == torch.float64 and not fp64:
-            return "no fp64 kernel"
-        return device_rejects(input)
-
-    return rejects
-
-
-def _rejects_backward(
-    device_rejects: Callable[[Tensor], str | None], fp64: bool
-) -> Callable[..., str | None]:
-    forward = _rejects_forward(device_rejects, fp64)
-
-    def rejects(grad_output: Tensor, grad_new_residual: Any, x: Tensor, *rest: Any) -> str | None:
-        return forward(x)
-
-    return rejects
+def _backward_by_torch(a: Backward) -> Tensors4:
+    dtype = a.grad_output.dtype
+    # On the CPU torch keeps the statistics in the dtype of input and weight where these agree.
+    uniform = a.x.device.type == "cpu" and (a.weight is None or a.weight.dtype == dtype)
+    stats = dtype if uniform else a.mean.dtype
+    grads = torch.ops.aten.native_layer_norm_backward(
+        a.grad_output.reshape(-1, a.row_length),
+        a.x.reshape(-1, a.row_length).to(dtype),
+        [a.row_length],
+        a.mean.view(-1, 1).to(stats),
+        a.rstd.view(-1, 1).to(stats),
+        _1d(a.weight),
+        _1d(a.bias),
+        [True, a.weight is not None and a.wanted[2], a.bias is not None and a.wanted[3]],
+    )
+    return _declared_gradients(a, *grads)
 
 
-def _torch_rejects_forward(
-    input: Tensor, residual: Any, weight: Any, bias: Any, seed: Tensor | None, *rest: Any
-) -> str | None:
-    return None if seed is None else "torch's dropout draws another mask"
+def _backward_by_reference(a: Backward) -> Tensors4:
+    rms = not a.mean.numel()
+    grads = reference.layer_norm_backward(
+        a.grad_output.reshape(-1, a.row_length),
+        a.x.reshape(-1, a.row_length),
+        _1d(a.weight),
+        torch.zeros_like(a.rstd)[:, None] if rms else a.mean[:, None],
+        a.rstd[:, None],
+        (a.row_length,),
+        rms=rms,
+    )
+    return _declared_gradients(a, *grads)
 
 
-def _torch_rejects_backward(*args: Any) -> str | None:
-    mean, seed = args[5], args[7]
-    if seed is not None:
+def _declared_gradients(
+    a: Backward, grad_x: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> Tensors4:
+    """Adds the residual's gradient, applies dropout, and brings all into the layout of the fake."""
+    if a.grad_new_residual is not None:
+        grad_x = grad_x + a.grad_new_residual.reshape(grad_x.shape)
+    grad_input = grad_x
+    if a.seed is not None:
+        keep = keep_mask(a.seed, (a.rstd.numel(), a.row_length), a.dropout_p)
+        grad_input = torch.where(keep, grad_x * keep_scale(a.dropout_p), 0.0)
+    outputs = _backward_outputs(a)
+    for output, grad in zip(outputs, (grad_x, grad_input, grad_weight, grad_bias), strict=True):
+        if output.numel() and grad is not None:
+            output.copy_(grad.reshape(output.shape))
+    return outputs
+
+
+def _dropout(a: Forward | Backward) -> tuple[int, float]:
+    return (0, 1.0) if a.seed is None else (threshold(a.dropout_p), keep_scale(a.dropout_p))
+
+
+# --- candidates ----------------------------------------------------------------------------------
+
+
+def _fp64_rejects(a: Forward | Backward) -> str | None:
+    dtype = a.input.dtype if isinstance(a, Forward) else a.x.dtype
+    return "no fp64 kernel" if dtype == torch.float64 else None
+
+
+def _torch_rejects(a: Forward | Backward) -> str | None:
+    if a.seed is not None:
         return "torch's dropout draws another mask"
-    return None if mean.numel() else "torch has no op for the backward of rms_norm"
-
-
-def _never(*args: Any) -> None:
+    if isinstance(a, Backward) and not a.mean.numel():
+        return "torch has no op for the backward of rms_norm"
     return None
 
 
 forward_op = define_op(
     _FORWARD,
+    Forward,
     _forward_outputs,
     (
-        Candidate("triton", _forward_by(_triton_forward), _rejects_forward(triton_rejects, False)),
-        Candidate("cuda", _forward_by(_extension_forward), _rejects_forward(cuda_rejects, False)),
-        Candidate("cpu", _forward_by(_extension_forward), _rejects_forward(cpu_rejects, True)),
-        Candidate("torch", _forward_by_torch, _torch_rejects_forward),
-        Candidate("reference", _forward_by_reference, _never),
+        Candidate("cpu", _forward_by_extension),
+        Candidate("triton", _forward_by_triton, _fp64_rejects),
+        Candidate("cuda", _forward_by_extension, _fp64_rejects),
+        Candidate("torch", _forward_by_torch, _torch_rejects),
+        Candidate("reference", _forward_by_reference),
     ),
 )
 
 backward_op = define_op(
     _BACKWARD,
+    Backward,
     _backward_outputs,
     (
-        Candidate("triton", _backward_by(_triton_backward), _rejects_backward(triton_rejects, False)),
-        Candidate("cuda", _backward_by(_extension_backward), _rejects_backward(cuda_rejects, False)),
-        Candidate("cpu", _backward_by(_extension_backward), _rejects_backward(cpu_rejects, True)),
-        Candidate("torch", _backward_by_torch, _torch_rejects_backward),
-        Candidate("reference", _backward_by_reference, _never),
+        Candidate("cpu", _backward_by_extension),
+        Candidate("triton", _backward_by_triton, _fp64_rejects),
+        Candidate("cuda", _backward_by_extension, _fp64_rejects),
+        Candidate("torch", _backward_by_torch, _torch_rejects),
+        Candidate("reference", _backward_by_reference),
     ),
 )
 
@@ -500,15 +419,9 @@ class LayerNormFunction(torch.autograd.Function):
 
         # With create_graph the gradient must be differentiable itself: the reference is.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            norm = partial(reference.layer_norm, rms=ctx.rms, output_dtype=grad_output.dtype)
             grad_x, grad_weight, grad_bias = differentiable_gradients(
-                lambda *inputs: reference.layer_norm(
-                    inputs[0],
-                    ctx.normalized_shape,
-                    *inputs[1:],
-                    ctx.eps,
-                    rms=ctx.rms,
-                    output_dtype=grad_output.dtype,
-                ),
+                lambda x, weight, bias: norm(x, ctx.normalized_shape, weight, bias, ctx.eps),
                 (x, weight, bias),
                 (need_input or need_residual, need_weight, need_bias),
                 grad_output,

@@ -124,9 +124,7 @@ def layer_norm_backward(
     normalized = (input.to(compute) - mean) * rstd
     scaled = grad if weight is None else grad * weight.to(compute)
     centred = scaled if rms else scaled - scaled.mean(dims, keepdim=True)
-    grad_input = rstd * (
-        centred - normalized * (scaled * normalized).mean(dims, keepdim=True)
-    )
+    grad_input = rstd * (centred - normalized * (scaled * normalized).mean(dims, keepdim=True))
     # sum(()) would reduce every dimension where there is none to reduce.
     product = grad * normalized
     return (

@@ -79,9 +79,10 @@ def error_ratio(
     floor_ulps = result_ulp / 2 + arithmetic_ulp * (2 + math.sqrt(summed) / 2)
     scale = truth.abs().clamp_min(_rms(truth))
     # Never 0: where truth and all errors are 0 the ratio is 0, not NaN.
-    floor = (floor_ulps * scale).clamp_min(torch.finfo(ours.dtype).tiny)
+    tiny = torch.finfo(ours.dtype).tiny
+    floor = (floor_ulps * scale).clamp_min(tiny)
     largest = float((error / floor.clamp_min(float(torch_error.max()))).max())
-    typical = _rms(error) / max(_rms(torch_error), _rms(floor) / 2)
+    typical = _rms(error) / max(_rms(torch_error), _rms(floor) / 2, tiny)
     return largest, typical
 
 

@@ -1,0 +1,91 @@
+"""What a benchmark is: an operator, the sizes to sweep, the least a call can cost, and rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastseq.testing import Operator, Problem
+from fastseq.testing.operators import Function
+
+#: inference: no gradient recorded; fwd: recorded; bwd: the gradients alone; fwd+bwd: both.
+MODES = ("inference", "fwd", "bwd", "fwd+bwd")
+SUITES = ("smoke", "cpu", "gpu", "all")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+Sizes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least a call can do: bytes to and from memory, floating-point operations.
+
+    ``matmul`` says whether the operations are matrix products, to be held to that ceiling; others
+    are only reported.
+    """
+
+    bytes: int
+    flops: int = 0
+    matmul: bool = False
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that can serve an operator.
+
+    Attributes:
+        name: as in tables and ``--providers``.
+        function: called as the operator's own functions are.
+        backend: the fastseq backend forced around it, or None.
+        setup: wraps the function before use (``torch.compile``); called anew for every problem.
+    """
+
+    name: str
+    function: Function
+    backend: str | None = None
+    setup: Callable[[Function], Function] | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One row of the registry.
+
+    Attributes:
+        operator: from ``fastseq.testing``: makes problems, has torch's equivalent and the oracle.
+        sweeps: the sizes of each suite, passed to ``operator.make``. ``all`` has those of the
+            device's suite and its own.
+        label: names a point, ``"8192x1024"``.
+        cost: of a problem in mode ``fwd`` (``inference`` likewise) or ``bwd``.
+        rivals: third-party providers; called once, returns those that can be imported.
+    """
+
+    operator: Operator
+    sweeps: Mapping[str, tuple[Sizes, ...]]
+    label: Callable[[Sizes], str]
+    cost: Callable[[Problem, str], Cost]
+    rivals: Callable[[], tuple[Provider, ...]] = field(default=tuple)
+
+    def cost_of(self, problem: Problem, mode: str) -> Cost:
+        """The cost in any mode: forward and backward add up."""
+        if mode != "fwd+bwd":
+            return self.cost(problem, "bwd" if mode == "bwd" else "fwd")
+        forward, backward = self.cost(problem, "fwd"), self.cost(problem, "bwd")
+        return Cost(forward.bytes + backward.bytes, forward.flops + backward.flops, forward.matmul)
+
+    def sizes_of(self, suite: str, device: str) -> tuple[Sizes, ...]:
+        """The sizes a suite sweeps on a device."""
+        if suite != "all":
+            return self.sweeps.get(suite, ())
+        return (*self.sweeps.get("gpu" if device == "cuda" else "cpu", ()), *self.sweeps["all"])
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of these tensors' elements (an expanded tensor counts in full)."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

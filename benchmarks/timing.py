@@ -1,0 +1,193 @@
+"""Timing variants of one call against each other, on CPU and GPU by one path.
+
+All variants of a group take turns, call by call, so that whatever slows the machine for a while
+slows all of them, and ratios are taken within each round. What differs between the devices is how a
+*run* of some calls is made (a Python loop, or a CUDA graph) and which clock reads it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import fastseq
+
+from .statistics import Samples
+
+#: A run is made of as many calls as it takes to last this long, so that clocks resolve it.
+CPU_RUN_SECONDS = 300e-6
+GPU_RUN_SECONDS = 1e-3
+MAX_CALLS = 256
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+
+
+@dataclass
+class Variant:
+    """One provider's call in one mode, ready to be timed.
+
+    Attributes:
+        name: the provider's.
+        calls: one call for each copy of the inputs, all alike.
+        backend: forced around every call, outside what is timed.
+        gradients: whether autograd records.
+    """
+
+    name: str
+    calls: list[Callable[[], object]]
+    backend: str
+    gradients: bool
+
+    def enter(self) -> None:
+        fastseq.use_backend(self.backend)
+        torch.set_grad_enabled(self.gradients)
+
+
+@dataclass
+class Run:
+    """Some calls in a row, and how many they are."""
+
+    variant: Variant
+    execute: Callable[[], object]
+    calls: int
+
+
+class CpuTimer:
+    """``perf_counter`` around a loop of calls; a long call is a run by itself."""
+
+    def prepare(self, variant: Variant, policy: str) -> Run:
+        call = variant.calls[0]
+        variant.enter()
+        call()
+        seconds = min(self._once(call) for _ in range(3))
+        count = max(1, min(MAX_CALLS, int(CPU_RUN_SECONDS / max(seconds, 1e-7))))
+        if count == 1:
+            return Run(variant, call, 1)
+
+        def several() -> None:
+            for _ in range(count):
+                call()
+
+        return Run(variant, several, count)
+
+    def building(self) -> AbstractContextManager[None]:
+        """Where variants are made; nothing to see to on a CPU."""
+        return nullcontext()
+
+    def measure(self, run: Run) -> float:
+        """Seconds of one run."""
+        return self._once(run.execute)
+
+    @staticmethod
+    def _once(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class GpuTimer:
+    """CUDA events around the replay of a graph: kernels back to back, without the host.
+
+    Policy ``cold``: the calls go through copies of the inputs that together are larger than three
+    times the L2 cache; ``hot``: all calls have the same inputs.
+
+    Everything, warm-up and autograd graphs included, is built on one stream of its own: a backward
+    pass runs on the stream its forward ran on, and capture forbids any other.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+
+    def prepare(self, variant: Variant, policy: str) -> Run:
+        calls = variant.calls if policy == "cold" else variant.calls[:1]
+        variant.enter()
+        with self.building():
+            for call in calls:
+                call()
+        seconds = self._events(lambda: [call() for call in calls]) / len(calls)
+        wanted = int(GPU_RUN_SECONDS / max(seconds, 1e-7))
+        rounds = max(1, min(MAX_CALLS, wanted) // len(calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        torch.cuda.synchronize()
+        return Run(variant, graph.replay, rounds * len(calls))
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """What is made in here belongs to this timer's stream."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.synchronize()
+
+    def measure(self, run: Run) -> float:
+        """Seconds of one run, by the GPU's own clock."""
+        return self._events(run.execute)
+
+    def _events(self, execute: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            # The GPU sleeps while the host enqueues, or the gap between the two would be timed.
+            torch.cuda._sleep(200_000)
+            start.record()
+            execute()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+Timer = CpuTimer | GpuTimer
+
+
+def interleave(
+    timer: Timer, runs: Sequence[Run], seconds: float, min_rounds: int = MIN_ROUNDS
+) -> list[Samples]:
+    """Seconds a call of every run, round by round, until the time is used up.
+
+    Every round has an order of its own: who comes next finds in the cache what the one before left.
+
+    Returns:
+        An array for each run; entry ``i`` of all of them is round ``i``.
+    """
+    samples: list[list[float]] = [[] for _ in runs]
+    for run in runs:  # warm-up: caches, clocks, lazy initialisation
+        run.variant.enter()
+        timer.measure(run)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    shuffled = random.Random(0)
+    while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() < end):
+        for index in shuffled.sample(range(len(runs)), len(runs)):
+            run = runs[index]
+            run.variant.enter()
+            samples[index].append(timer.measure(run) / run.calls)
+        rounds += 1
+    fastseq.use_backend("auto")
+    torch.set_grad_enabled(True)
+    return [np.array(column) for column in samples]
+
+
+def wall_seconds(variant: Variant, device: torch.device, count: int = 20) -> float:
+    """Seconds a call takes with the host's share: calls one after another, then a wait."""
+    variant.enter()
+    times = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            variant.calls[0]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / count)
+    fastseq.use_backend("auto")
+    torch.set_grad_enabled(True)
+    return float(np.median(times))

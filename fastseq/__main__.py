@@ -1,0 +1,8 @@
+"""``python -m fastseq`` is the command ``fastseq``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,858 @@
+r"""LayerNorm and RMSNorm, plain or with dropout and a residual in front (AddNorm).
+
+Forward, for every row of ``N`` elements::
+
+    x      = residual + dropout(input)              (x = input without a residual)
+    mean   = E[x]                                   (RMSNorm: 0)
+    rstd   = 1 / sqrt(E[(x - mean)^2] + eps)
+    output = (x - mean) * rstd * weight + bias
+
+Backward, with ``n = (x - mean) * rstd`` and ``g = grad_output * weight``::
+
+    grad_x      = rstd * (g - E[g] - n * E[g * n]) + grad_new_residual    (RMSNorm: without E[g])
+    grad_input  = dropout(grad_x)
+    grad_weight = sum over rows of grad_output * n
+    grad_bias   = sum over rows of grad_output
+
+Why fuse. A row is touched a dozen times by that arithmetic, but it need cross the memory bus once:
+some 10 instructions an element forward and 25 backward, where an H200 could issue 27 and 40 (132 SMs
+* 128 lanes * 1.7 GHz) in the time its memory takes to deliver a bf16 element and take the result. So
+the time is the traffic, and everything below serves to touch memory once, in 16-byte accesses, with
+enough of them under way: 4.3 TB/s * 0.75 us of latency / 132 SMs = 25 KB in flight on every SM.
+
+Least traffic and time for 8192 rows of 4096 in bf16, at the datasheet's 4.8 TB/s (at the 4.3 TB/s a
+copy attains)::
+
+    forward                   read x, write output                          134 MB   28 us (31)
+    forward with residual     read two, write output and new_residual       268 MB   56 us (62)
+    backward                  read x and grad_output, write grad_x          201 MB   42 us (47)
+    backward with residual    read grad_new_residual too                    268 MB   56 us (62)
+
+Four kernels do this, by the direction and by whether a row fits the registers of one program. What
+does not fit is *split*: statistics in a first sweep over the row, the result in a second, which finds
+most of the row in L2 still. No atomics anywhere, and the shape of a tile depends on the row length and
+dtypes alone: results are bitwise reproducible, and a row's do not depend on the rows around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    aligned,
+    ceil_div,
+    device_of,
+    dropout,
+    kernel,
+    next_power_of_2,
+    on_device,
+    rounded,
+    row_offsets,
+    row_strides,
+    shared_memory_limit,
+    sum_pair,
+    vector_width,
+)
+
+# --- launch configurations -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut up: tiles of ``[block_m, block_n]`` elements, one at a time a program."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    split: bool = False  # rows longer than block_n, in several tiles
+    num_stages: int = 1  # tiles under way at once, staged through shared memory
+    programs_per_multiprocessor: int = 0  # of a persistent kernel
+    registers: int | None = None  # at most so many a thread
+
+
+#: The longest rows kept in registers, in elements of fp32 arithmetic.
+FORWARD_LIMIT = 32768
+BACKWARD_LIMIT = 8192
+
+
+@cache
+def forward_launch(row_length: int, element_size: int, limit: int) -> Launch:
+    block_n = max(8, next_power_of_2(row_length))
+    if row_length > limit:
+        return Launch(1, min(limit, 8192), 16, registers=64, split=True)
+    per_thread = 64 // element_size
+    if block_n * element_size < 512:
+        return Launch(64 * per_thread // block_n, block_n, 4)
+    num_warps = min(16, max(1, block_n // (32 * per_thread)))
+    if block_n > 16384:
+        num_warps = 32
+    block_m = max(1, 32 * per_thread // block_n)
+    return Launch(block_m, block_n, num_warps, registers=64 if num_warps == 16 else None)
+
+
+@cache
+def backward_launch(
+    row_length: int, element_size: int, stream_bytes: int, architecture: int, limit: int
+) -> Launch:
+    block_n = max(8, next_power_of_2(row_length))
+    if row_length > limit:
+        block_m = 4 if row_length <= 32768 else 2
+        return Launch(
+            block_m, min(limit, 2048), 8, split=True, programs_per_multiprocessor=2, registers=128
+        )
+    if block_n <= 256:
+        num_warps, tile = 4, 1024
+    else:
+        num_warps = 8 if block_n <= 4096 else 16
+        tile = 32 * num_warps * 16
+    per_multiprocessor = 16 // num_warps
+    shared = shared_memory_limit(architecture) // per_multiprocessor - 2048
+    buffers = shared // (tile * stream_bytes)
+    num_stages = max(1, min(3, 1 + buffers))
+    return Launch(
+        max(1, tile // block_n),
+        block_n,
+        num_warps,
+        num_stages=num_stages,
+        programs_per_multiprocessor=per_multiprocessor,
+        registers=128 if num_warps>4 else None,
+    )
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+@triton.jit
+def _load(pointer, row_start, column, mask, VECTOR: tl.constexpr, EVICT: tl.constexpr = ""):
+    """A tile of rows that begin at ``row_start`` in fp32; 0 where masked."""
+    pointers = aligned(pointer, row_start[:, None] + column, VECTOR)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, row_start, column, x, mask, VECTOR: tl.constexpr):
+    pointers = aligned(pointer, row_start[:, None] + column, VECTOR)
+    tl.store(pointers, rounded(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns(start, row_length, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column numbers and which of them exist, ``[1, BLOCK_N]``; whole vectors do or do not."""
+    column = start + tl.arange(0, BLOCK_N)[None, :]
+    return column, tl.max_constancy(column < row_length, (1, VECTOR))
+
+
+@triton.jit
+def _rows(tile, rows, BLOCK_M: tl.constexpr):
+    """Row numbers ``[BLOCK_M]`` in int64, and which of them exist; of a tile of one row it does."""
+    row = tl.full([BLOCK_M], tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = tl.full([1], True, tl.int1) if BLOCK_M == 1 else row < rows
+    return row, exists
+
+
+@triton.jit
+def _parameter(pointer, column, mask, VECTOR: tl.constexpr):
+    """Weight or bias as ``[1, BLOCK_N]``: a row, so that it comes in the layout of the tile's rows."""
+    return tl.load(aligned(pointer, column, VECTOR), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _form_x(
+    input,
+    residual,
+    seed,
+    new_residual,
+    input_start,
+    residual_start,
+    new_start,
+    row,
+    column,
+    mask,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+):
+    """The tile that is normalised, in fp32: with a residual, rounded as ``new_residual`` stores it."""
+    x = _load(input, input_start, column, mask, VECTOR)
+    if residual is not None:
+        stream = _load(residual, residual_start, column, mask, VECTOR)
+        if seed is not None:
+            x = dropout(x, seed, row, column, threshold, scale)
+        x = rounded(stream + x, new_residual.dtype.element_ty)
+        tl.store(aligned(new_residual, new_start[:, None] + column, VECTOR), x, mask=mask)
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _write_output(
+    output, weight, bias, x, mean, rstd, start, column, column_mask, mask, VECTOR: tl.constexpr
+):
+    y = (x - mean[:, None]) * rstd[:, None]
+    if weight is not None:
+        y *= _parameter(weight, column, column_mask, VECTOR)
+    if bias is not None:
+        y += _parameter(bias, column, column_mask, VECTOR)
+    _store(output, start, column, y, mask, VECTOR)
+
+
+@kernel
+def forward_kernel(
+    input,
+    residual,
+    weight,
+    bias,
+    seed,
+    output,
+    new_residual,
+    mean,
+    rstd,
+    input_inner,
+    input_outer_stride,
+    input_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    rows,
+    row_length,
+    eps,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Rows that fit: ``[BLOCK_M, BLOCK_N]`` of them in registers from their one read to the write."""
+    row, row_exists = _rows(tl.program_id(0), rows, BLOCK_M)
+    column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
+    mask = row_exists[:, None] & column_exists
+    x = _form_x(
+        input,
+        residual,
+        seed,
+        new_residual,
+        row_offsets(row, input_inner, input_outer_stride, input_stride),
+        row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+        row * row_length,
+        row,
+        column,
+        mask,
+        threshold,
+        scale,
+        VECTOR,
+    )
+    # With the row at hand the variance is taken around the mean proper: E[x^2] - E[x]^2 would lose
+    # all digits to mean >> std. What is masked is 0, and must not count as 0 - mean.
+    length = row_length.to(tl.float32)
+    average = tl.zeros([BLOCK_M], tl.float32)
+    centred = x
+    if mean is not None:
+        average = tl.div_rn(tl.sum(x, 1), length)
+        centred = tl.where(column_exists, x - average[:, None], 0.0)
+        tl.store(mean + row, average, mask=row_exists)
+    scaling = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), length) + eps)
+    tl.store(rstd + row, scaling, mask=row_exists)
+    _write_output(
+        output,
+        weight,
+        bias,
+        x,
+        average,
+        scaling,
+        row * row_length,
+        column,
+        column_exists,
+        mask,
+        VECTOR,
+    )
+
+
+@kernel
+def forward_split_kernel(
+    input,
+    residual,
+    weight,
+    bias,
+    seed,
+    output,
+    new_residual,
+    mean,
+    rstd,
+    input_inner,
+    input_outer_stride,
+    input_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    rows,
+    row_length,
+    eps,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A longer row in two sweeps over tiles ``[1, BLOCK_N]``.
+
+    The first keeps Welford's mean and sum of squares for each lane of the tile by itself, so that no
+    lane waits for another, and merges the lanes once at the end (Chan et al. 1979). The second begins
+    where the first ended: those tiles are the likeliest to lie in L2. Nothing reads them thereafter,
+    so they are marked to leave first and keep the beginning of the row in.
+    """
+    row, _ = _rows(tl.program_id(0), rows, BLOCK_M)
+    input_start = row_offsets(row, input_inner, input_outer_stride, input_stride)
+    residual_start = row_offsets(row, residual_inner, residual_outer_stride, residual_stride)
+    start = row * row_length
+    tiles = tl.cdiv(row_length, BLOCK_N)
+
+    lane_mean = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lane_squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(0, tiles):
+        column, mask = _columns(tile * BLOCK_N, row_length, VECTOR, BLOCK_N)
+        x = _form_x(
+            input,
+            residual,
+            seed,
+            new_residual,
+            input_start,
+            residual_start,
+            start,
+            row,
+            column,
+            mask,
+            threshold,
+            scale,
+            VECTOR,
+        )
+        if mean is None:
+            lane_squares += x * x
+        else:
+            delta = tl.where(mask, x - lane_mean, 0.0)
+            lane_mean += delta * (1.0 / tl.full([1, 1], tile + 1, tl.float32))
+            lane_squares += delta * (x - lane_mean)
+
+    length = row_length.to(tl.float32)
+    average = tl.zeros([BLOCK_M], tl.float32)
+    if mean is not None:
+        lane = tl.arange(0, BLOCK_N)[None, :]
+        count = ((row_length - lane + (BLOCK_N - 1)) // BLOCK_N).to(tl.float32)  # [1, BLOCK_N]
+        average = tl.div_rn(tl.sum(lane_mean * count, 1), length)
+        distance = lane_mean - average[:, None]
+        lane_squares += distance * distance * count
+        tl.store(mean + row, average)
+    scaling = tl.rsqrt(tl.div_rn(tl.sum(lane_squares, 1), length) + eps)
+    tl.store(rstd + row, scaling)
+
+    tl.debug_barrier()  # other threads' new_residual is read below
+    for tile in range(0, tiles):
+        column, mask = _columns((tiles - 1 - tile) * BLOCK_N, row_length, VECTOR, BLOCK_N)
+        if residual is None:
+            x = _load(input, input_start, column, mask, VECTOR, "evict_first")
+        else:
+            x = _load(new_residual, start, column, mask, VECTOR, "evict_first")
+        _write_output(
+            output, weight, bias, x, average, scaling, start, column, mask, mask, VECTOR
+        )
+
+
+@triton.jit
+def _gradient(
+    grad_output,
+    x,
+    mean,
+    rstd,
+    grad_start,
+    x_start,
+    row,
+    row_exists,
+    column,
+    mask,
+    NEEDS_X: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):
+    """grad_output and the normalised x (0 where only grad_bias is asked for), with rstd ``[M]``."""
+    grad = _load(grad_output, grad_start, column, mask, VECTOR, EVICT)
+    scaling = tl.load(rstd + row, mask=row_exists, other=0.0)
+    normalised = tl.zeros_like(grad)
+    if NEEDS_X:
+        normalised = _load(x, x_start, column, mask, VECTOR, EVICT)
+        if mean is not None:
+            normalised -= tl.load(mean + row, mask=row_exists, other=0.0)[:, None]
+        normalised *= scaling[:, None]
+    return grad, normalised, scaling
+
+
+@triton.jit
+def _write_gradients(
+    grad_x,
+    grad_input,
+    grad_new_residual,
+    seed,
+    scaled,
+    normalised,
+    scaling,
+    slope,
+    offset,
+    residual_start,
+    start,
+    row,
+    column,
+    mask,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):
+    """``rstd * (g - offset - n * slope) + grad_new_residual``, and the dropout of that."""
+    gradient = (scaled - offset[:, None] - normalised * slope[:, None]) * scaling[:, None]
+    if grad_new_residual is not None:
+        gradient += _load(grad_new_residual, residual_start, column, mask, VECTOR, EVICT)
+    if grad_x is not None:
+        _store(grad_x, start, column, gradient, mask, VECTOR)
+    if grad_input is not None:
+        if seed is not None:
+            gradient = dropout(gradient, seed, row, column, threshold, scale)
+        _store(grad_input, start, column, gradient, mask, VECTOR)
+
+
+@kernel
+def backward_kernel(
+    grad_output,
+    grad_new_residual,
+    x,
+    weight,
+    mean,
+    rstd,
+    seed,
+    grad_x,
+    grad_input,
+    partials,
+    grad_inner,
+    grad_outer_stride,
+    grad_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    x_inner,
+    x_outer_stride,
+    x_stride,
+    rows,
+    row_length,
+    pitch,
+    threshold,
+    scale,
+    GRAD_WEIGHT: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Rows that fit: each program goes through its tiles ``[BLOCK_M, BLOCK_N]`` with the weight, and
+    the sums for grad_weight and grad_bias, in registers.
+
+    The sums stay as large as the tile until the end, so that in the loop threads exchange nothing but
+    the two sums over a row; while they do, the loads of the next tile are under way.
+    """
+    GRAD: tl.constexpr = grad_x is not None or grad_input is not None
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
+    inverse_length = 1.0 / row_length.to(tl.float32)
+    if GRAD and weight is not None:
+        gamma = _parameter(weight, column, column_exists, VECTOR)
+    weight_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+    for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), programs, num_stages=NUM_STAGES):
+        row, row_exists = _rows(tile, rows, BLOCK_M)
+        mask = row_exists[:, None] & column_exists
+        grad, normalised, scaling = _gradient(
+            grad_output,
+            x,
+            mean,
+            rstd,
+            row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
+            row_offsets(row, x_inner, x_outer_stride, x_stride),
+            row,
+            row_exists,
+            column,
+            mask,
+            GRAD or GRAD_WEIGHT,
+            VECTOR,
+        )
+        if GRAD_WEIGHT:
+            weight_sum += grad * normalised
+        if GRAD_BIAS:
+            bias_sum += grad
+        if GRAD:
+            if weight is not None:
+                grad *= gamma
+            if mean is None:
+                slope = tl.sum(grad * normalised, 1) * inverse_length
+                offset = tl.zeros_like(slope)
+            else:
+                slope, offset = sum_pair(grad * normalised, grad, 1)
+                slope *= inverse_length
+                offset *= inverse_length
+            _write_gradients(
+                grad_x,
+                grad_input,
+                grad_new_residual,
+                seed,
+                grad,
+                normalised,
+                scaling,
+                slope,
+                offset,
+                row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+                row * row_length,
+                row,
+                column,
+                mask,
+                threshold,
+                scale,
+                VECTOR,
+            )
+
+    partial_row = tl.full([1], pitch, tl.int64) * program
+    if GRAD_WEIGHT:
+        _store(partials, partial_row, column, tl.sum(weight_sum, 0)[None, :], column_exists, 4)
+        partial_row += tl.full([1], pitch, tl.int64) * programs
+    if GRAD_BIAS:
+        _store(partials, partial_row, column, tl.sum(bias_sum, 0)[None, :], column_exists, 4)
+
+
+@triton.jit
+def _sum_neighbours(x):
+    """``[M, N]`` to ``[M, N / 8]``."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
+
+
+@kernel
+def backward_split_kernel(
+    grad_output,
+    grad_new_residual,
+    x,
+    weight,
+    mean,
+    rstd,
+    seed,
+    grad_x,
+    grad_input,
+    partials,
+    grad_inner,
+    grad_outer_stride,
+    grad_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    x_inner,
+    x_outer_stride,
+    x_stride,
+    rows,
+    row_length,
+    pitch,
+    threshold,
+    scale,
+    GRAD_WEIGHT: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Longer rows, ``BLOCK_M`` at a time: one sweep for their two sums, one for the results.
+
+    The sums for grad_weight and grad_bias are too long for registers as well. They lie in the
+    program's own partial rows, read and written once for ``BLOCK_M`` rows.
+    """
+    GRAD: tl.constexpr = grad_x is not None or grad_input is not None
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    inverse_length = 1.0 / row_length.to(tl.float32)
+    weight_row = tl.full([1], pitch, tl.int64) * program
+    bias_row = weight_row
+    if GRAD_WEIGHT:
+        bias_row += tl.full([1], pitch, tl.int64) * programs
+
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
+        row, row_exists = _rows(tile, rows, BLOCK_M)
+        grad_start = row_offsets(row, grad_inner, grad_outer_stride, grad_stride)
+        x_start = row_offsets(row, x_inner, x_outer_stride, x_stride)
+        slope = tl.zeros([BLOCK_M], tl.float32)
+        offset = tl.zeros([BLOCK_M], tl.float32)
+        if GRAD:
+            # Sums of 8 neighbours, mostly one thread's: an eighth of the registers a whole tile takes.
+            slopes = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
+            offsets = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
+            for begin in tl.range(0, row_length, BLOCK_N, num_stages=NUM_STAGES):
+                column, column_exists = _columns(begin, row_length, VECTOR, BLOCK_N)
+                mask = row_exists[:, None] & column_exists
+                grad, normalised, scaling = _gradient(
+                    grad_output,
+                    x,
+                    mean,
+                    rstd,
+                    grad_start,
+                    x_start,
+                    row,
+                    row_exists,
+                    column,
+                    mask,
+                    True,
+                    VECTOR,
+                )
+                if weight is not None:
+                    grad *= _parameter(weight, column, column_exists, VECTOR)
+                slopes += _sum_neighbours(grad * normalised)
+                if mean is not None:
+                    offsets += _sum_neighbours(grad)
+            slope = tl.sum(slopes, 1) * inverse_length
+            if mean is not None:
+                offset = tl.sum(offsets, 1) * inverse_length
+
+        tl.debug_barrier()  # other threads' partial rows, of the tile before, are read below
+        for begin in range(0, row_length, BLOCK_N):
+            column, column_exists = _columns(begin, row_length, VECTOR, BLOCK_N)
+            mask = row_exists[:, None] & column_exists
+            grad, normalised, scaling = _gradient(
+                grad_output,
+                x,
+                mean,
+                rstd,
+                grad_start,
+                x_start,
+                row,
+                row_exists,
+                column,
+                mask,
+                GRAD or GRAD_WEIGHT,
+                VECTOR,
+                "evict_first",
+            )
+            seen = column_exists & (tile != program)
+            if GRAD_WEIGHT:
+                total = tl.sum(grad * normalised, 0)[None, :]
+                total += _load(partials, weight_row, column, seen, 4)
+                _store(partials, weight_row, column, total, column_exists, 4)
+            if GRAD_BIAS:
+                total = tl.sum(grad, 0)[None, :]
+                total += _load(partials, bias_row, column, seen, 4)
+                _store(partials, bias_row, column, total, column_exists, 4)
+            if GRAD:
+                if weight is not None:
+                    grad *= _parameter(weight, column, column_exists, VECTOR)
+                _write_gradients(
+                    grad_x,
+                    grad_input,
+                    grad_new_residual,
+                    seed,
+                    grad,
+                    normalised,
+                    scaling,
+                    slope,
+                    offset,
+                    row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+                    row * row_length,
+                    row,
+                    column,
+                    mask,
+                    threshold,
+                    scale,
+                    VECTOR,
+                    "evict_first",
+                )
+
+
+@kernel
+def finalise_kernel(
+    partials, grad_weight, grad_bias, programs, row_length, pitch, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sums the programs' partial rows, of grad_weight or (second grid axis) of grad_bias."""
+    column, column_exists = _columns(tl.program_id(0) * BLOCK_N, row_length, 1, BLOCK_N)
+    first = tl.program_id(1) * programs
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for begin in range(0, programs, BLOCK_P):
+        program = begin + tl.arange(0, BLOCK_P)
+        mask = (program < programs)[:, None] & column_exists
+        total += _load(partials, (first + program).to(tl.int64) * pitch, column, mask, 4)
+    total = tl.sum(total, 0)[None, :]
+    if grad_weight is not None and tl.program_id(1) == 0:
+        _store(grad_weight, tl.zeros([1], tl.int64), column, total, column_exists, 1)
+    if grad_bias is not None and tl.program_id(1) == tl.num_programs(1) - 1:
+        _store(grad_bias, tl.zeros([1], tl.int64), column, total, column_exists, 1)
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+def _wanted(output: Tensor) -> Tensor | None:
+    return output if output.numel() else None
+
+
+def forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    output: Tensor,
+    new_residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    row_length: int,
+    eps: float,
+    rms: bool,
+    threshold: int,
+    scale: float,
+) -> None:
+    """Fills ``output``, ``new_residual``, ``mean`` and ``rstd``; an empty one is not written.
+
+    Args:
+        input, residual: contiguous, or views ``[outer, inner, row_length]`` of contiguous rows.
+        weight, bias: contiguous ``[row_length]``, or None.
+        seed: ``int64 [1]`` on the device, or None: no dropout.
+        threshold: the input is dropped where its random bits are below, times ``scale`` elsewhere.
+    """
+    input_strides = row_strides(input, row_length)
+    residual_strides = row_strides(residual, row_length)
+    rows = rstd.numel()
+    size = max(input.element_size(), 0 if residual is None else new_residual.element_size())
+    launch = forward_launch(row_length, size, FORWARD_LIMIT)
+    run = forward_split_kernel if launch.split else forward_kernel
+    stored = None if residual is None else new_residual
+    with on_device(input):
+        run[(ceil_div(rows, launch.block_m),)](
+            input,
+            residual,
+            weight,
+            bias,
+            seed,
+            output,
+            stored,
+            None if rms else mean,
+            rstd,
+            *input_strides,
+            *residual_strides,
+            rows,
+            row_length,
+            eps,
+            threshold,
+            scale,
+            VECTOR=vector_width(
+                row_length,
+                (input_strides, residual_strides),
+                input,
+                residual,
+                weight,
+                bias,
+                output,
+                stored,
+            ),
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            num_warps=launch.num_warps,
+            maxnreg=launch.registers,
+        )
+
+
+def backward(
+    grad_output: Tensor,
+    grad_new_residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    grad_x: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    row_length: int,
+    threshold: int,
+    scale: float,
+) -> None:
+    """Fills the gradients that are not empty; arguments as :func:`forward`, RMSNorm by an empty mean."""
+    wanted_x, wanted_input = _wanted(grad_x), _wanted(grad_input)
+    wanted_weight, wanted_bias = _wanted(grad_weight), _wanted(grad_bias)
+    sums = (wanted_weight is not None) + (wanted_bias is not None)
+    if not sums and wanted_x is None and wanted_input is None:
+        return
+    strides = (
+        row_strides(grad_output, row_length),
+        row_strides(grad_new_residual, row_length),
+        row_strides(x, row_length),
+    )
+    rows = rstd.numel()
+    device = device_of(x)
+    size = max(grad_output.element_size(), x.element_size())
+    streams = sum(
+        t.element_size() for t in (grad_output, grad_new_residual, x) if t is not None
+    )
+    launch = backward_launch(row_length, size, streams, device.architecture, BACKWARD_LIMIT)
+    programs = min(
+        ceil_div(rows, launch.block_m), device.multiprocessors * launch.programs_per_multiprocessor
+    )
+    pitch = ceil_div(row_length, 32) * 32
+    partials = None
+    if sums:
+        partials = torch.empty(sums * programs * pitch, dtype=torch.float32, device=x.device)
+    run = backward_split_kernel if launch.split else backward_kernel
+    with on_device(x):
+        run[(programs,)](
+            grad_output,
+            grad_new_residual,
+            x,
+            weight,
+            _wanted(mean),
+            rstd,
+            seed,
+            wanted_x,
+            wanted_input,
+            partials,
+            *strides[0],
+            *strides[1],
+            *strides[2],
+            rows,
+            row_length,
+            pitch,
+            threshold,
+            scale,
+            GRAD_WEIGHT=wanted_weight is not None,
+            GRAD_BIAS=wanted_bias is not None,
+            VECTOR=vector_width(
+                row_length,
+                strides,
+                grad_output,
+                grad_new_residual,
+                x,
+                weight,
+                wanted_x,
+                wanted_input,
+            ),
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            NUM_STAGES=launch.num_stages,
+            num_warps=launch.num_warps,
+            maxnreg=launch.registers,
+        )
+        if partials is not None:
+            finalise_kernel[(ceil_div(row_length, 32), sums)](
+                partials,
+                wanted_weight,
+                wanted_bias,
+                programs,
+                row_length,
+                pitch,
+                BLOCK_P=64,
+                BLOCK_N=32,
+                num_warps=4,
+            )

@@ -1,0 +1,1 @@
+"""CUDA kernels without a GPU: run on the host by an emulation, compiled by nvcc and looked at."""

@@ -1,0 +1,157 @@
+"""Builds the program that emulates CUDA kernels on the host, and talks to it.
+
+The same ``.cu`` files that nvcc compiles are compiled here with the C++ compiler, the headers of
+``tests/simt/include`` standing in for CUDA's, under the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "simt"
+SOURCES = [
+    HERE / "simt.cpp",
+    HERE / "server.cpp",
+    HERE / "checks.cpp",
+    HERE / "layer_norm_server.cpp",
+    ROOT / "csrc" / "cuda" / "layer_norm.cu",
+]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fno-strict-aliasing",  # kernels read memory as the vectors the hardware has
+    "-ftrivial-auto-var-init=pattern",  # a variable nobody set has the same wrong value every time
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # words that a dtype's width leaves unused
+]
+
+
+class Fault(Exception):
+    """The emulated program was stopped: by a sanitizer, or by the emulation's own checks."""
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build() -> Path:
+    """The program's path. An object is compiled again only if something it may include changed."""
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler")
+    headers = sorted(
+        path
+        for folder in (ROOT / "csrc", HERE)
+        for suffix in ("*.h", "*.cuh")
+        for path in folder.rglob(suffix)
+    )
+    version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
+    common = hashlib.sha256(version + " ".join(FLAGS).encode())
+    for header in headers:
+        common.update(str(header.relative_to(ROOT)).encode() + header.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    objects = []
+    whole = common.copy()
+    for source in SOURCES:
+        digest = common.copy()
+        digest.update(source.read_bytes())
+        whole.update(digest.digest())
+        target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        objects.append(str(target))
+        if not target.exists():
+            arguments = [*FLAGS, f"-I{HERE / 'include'}", "-c", "-x", "c++", str(source)]
+            _create(target, [cxx, *arguments])
+    program = BUILD / f"kernels-{whole.hexdigest()[:16]}"
+    if not program.exists():
+        _create(program, [cxx, *FLAGS, *objects])
+    return program
+
+
+def _create(target: Path, command: list[str]) -> None:
+    """Runs a compiler; several test processes may do so at once, so the result appears whole."""
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    command = [*command, "-o", str(partial)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    partial.replace(target)
+
+
+class Host:
+    """A running program; ``call`` runs one function in it. A fault ends it for good."""
+
+    def __init__(self, program: Path) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        # Leaks are not what is looked for, and LeakSanitizer needs ptrace, which containers forbid.
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": ""}
+        self._process = subprocess.Popen(
+            [str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def call(
+        self,
+        name: str,
+        buffers: list[np.ndarray],
+        integers: list[int],
+        reals: list[float] | None = None,
+        seed: int = 0,
+    ) -> str | None:
+        """Runs a function on copies of the buffers and copies them back; returns its error."""
+        reals = reals or []
+        message = [struct.pack("<q", len(name)), name.encode(), struct.pack("<q", seed)]
+        message.append(struct.pack("<q", len(buffers)))
+        for buffer in buffers:
+            message += [struct.pack("<q", buffer.nbytes), buffer.tobytes()]
+        message.append(struct.pack(f"<q{len(integers)}q", len(integers), *integers))
+        message.append(struct.pack(f"<q{len(reals)}d", len(reals), *reals))
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"".join(message))
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail()
+        (length,) = struct.unpack("<q", self._read(8))
+        error = self._read(length).decode()
+        for buffer in buffers:
+            data = np.frombuffer(self._read(buffer.nbytes), dtype=buffer.dtype)
+            buffer[...] = data.reshape(buffer.shape)
+        return error or None
+
+    def _read(self, count: int) -> bytes:
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(count)
+        if len(data) != count:
+            self._fail()
+        return data
+
+    def _fail(self) -> None:
+        self._process.wait()
+        self._errors.seek(0)
+        raise Fault(self._errors.read().decode(errors="replace")[:4000])

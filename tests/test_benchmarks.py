@@ -1,0 +1,291 @@
+"""The benchmark harness: it must time what is right, refuse what is wrong, and see what moved."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import compare, memory, plots, report
+from benchmarks.ops import FAMILIES, benchmarks_of
+from benchmarks.points import even_order, sweep
+from benchmarks.registry import Benchmark, Cost, Provider
+from benchmarks.results import Results, ResultsError, load
+from benchmarks.runner import Runner, Settings
+from benchmarks.statistics import noise, ratio, summarise
+from fastseq.testing import FAMILIES as TESTED_FAMILIES
+from fastseq.testing import Operator, Problem
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+    memory.set_allocation("reused")
+
+
+def _double(input):
+    return {"output": input * 2}
+
+
+def _make(dtype, device, generator, *, count):
+    input = torch.randn(count, generator=generator).to(dtype).to(device)
+    grad = torch.ones(count, dtype=dtype, device=device)
+    return Problem({"input": input}, {"output": grad}, differentiable=("input",))
+
+
+def _benchmark(name="double", ours=_double, torchs=_double, counts=(64,), rivals=()):
+    operator = Operator(name, "toy", "_layer_norm_fwd", _make, ours, torchs, ())
+    return Benchmark(
+        operator,
+        {"smoke": tuple({"count": count} for count in counts), "all": ()},
+        lambda sizes: str(sizes["count"]),
+        lambda problem, mode: Cost(problem.arguments["input"].nbytes),
+        lambda: tuple(rivals),
+    )
+
+
+def _slow(seconds, function=_double):
+    def slowed(**arguments):
+        time.sleep(seconds)
+        return function(**arguments)
+
+    return slowed
+
+
+def _run(
+    benchmarks, *, results=None, budget=None, modes=("inference",), providers=None, dtypes=("fp32",)
+):
+    settings = Settings(
+        CPU, modes, [1], "smoke", providers or ["fastseq"], budget, group_seconds=0.02
+    )
+    results = results or Results({"device": "a CPU", "torch": "2", "commit": "c", "date": "2026"})
+    Runner(settings, results).run(sweep(benchmarks, "smoke", "cpu", dtypes, ["reused"]))
+    return results
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (lambda input: {"output": input * 2.001}, "wrong: output"),
+        (lambda input: {"output": (input * 2)[:-1]}, "shape"),
+        (lambda input: {"output": (input * 2).double()}, "dtype"),
+        (
+            lambda input: {"output": torch.where(input > 1.5, torch.nan, input * 2)},
+            "wrong: output inf",
+        ),
+        (lambda input: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_provider_gets_its_error_and_no_time(wrong, complaint):
+    results = _run([_benchmark(rivals=[Provider("rival", wrong)])], providers=["fastseq", "rival"])
+    rows = {row.provider: row for row in results.rows}
+    assert rows["rival"].milliseconds is None
+    assert complaint in rows["rival"].failure
+    assert rows["fastseq"].milliseconds > 0
+    assert rows["fastseq"].failure is None
+    assert set(rows["fastseq"].errors) == {"output"}
+
+
+def test_a_wrong_gradient_is_caught_too():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, input):
+            return input * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2.01
+
+    results = _run([_benchmark(ours=lambda input: {"output": Wrong.apply(input)})], modes=("bwd",))
+    assert "wrong: grad_input" in next(r for r in results.rows if r.provider == "fastseq").failure
+
+
+@pytest.mark.parametrize("mode", ["inference", "fwd", "bwd", "fwd+bwd"])
+def test_every_mode_of_every_registered_operator_runs(mode):
+    assert FAMILIES == TESTED_FAMILIES
+    for benchmark in benchmarks_of():
+        first = dataclasses.replace(benchmark, sweeps={"smoke": benchmark.sweeps["smoke"][:1]})
+        rows = {row.provider: row for row in _run([first], modes=(mode,)).rows}
+        assert rows["fastseq"].failure is None, rows["fastseq"].failure
+        assert rows["fastseq"].speedup > 0
+        assert rows["fastseq"].backend
+        assert rows["torch"].minimal_bytes > 0
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def test_a_known_ratio_is_found():
+    results = _run([_benchmark(ours=_slow(0.004), torchs=_slow(0.008))])
+    row = next(row for row in results.rows if row.provider == "fastseq")
+    assert 4 < row.milliseconds < 8
+    assert row.speedup == pytest.approx(2, rel=0.2)
+    assert row.p20 <= row.milliseconds <= row.p80
+    assert row.rounds >= 7
+
+
+def test_pairs_cancel_what_slows_both():
+    slow_spell = torch.tensor([1.0, 1, 1, 5, 5, 5, 5]).numpy()
+    paired = ratio(2 * slow_spell, slow_spell)
+    assert (paired.p20, paired.median, paired.p80) == (2, 2, 2)
+    assert summarise(slow_spell).median == 5
+    assert noise(paired, paired, 7) == 1  # a baseline that is off from itself by 100 %
+
+
+@pytest.mark.skipif(not memory.set_allocation("reused"), reason="no glibc")
+def test_reused_blocks_do_not_fault():
+    def call():
+        return torch.empty(2**22).fill_(1.0)
+
+    call(), call()
+    assert memory.page_faults(call) < 50
+
+
+def test_peak_memory_of_a_cpu_call():
+    source = torch.ones(2**18)
+    peak = memory.peak_bytes(lambda: (source + 1) + 1, CPU)
+    assert 2 * source.nbytes <= peak < 2.1 * source.nbytes
+
+
+# --- the budget, and going on where a run stopped ------------------------------------------------
+
+
+def test_a_budget_drops_points_evenly_and_says_so():
+    slow = [_benchmark(name, ours=_slow(0.02), counts=range(1, 9)) for name in ("first", "second")]
+    started = time.perf_counter()
+    results = _run(slow, budget=2.5)
+    assert time.perf_counter() - started < 4
+    done = [(row.operator, row.label) for row in results.rows if row.provider == "fastseq"]
+    assert 0 < len(done) < 16
+    assert len(done) + len(results.dropped) == 16
+    assert all("fp32" in text for text in results.dropped)
+    of_first = sum(name == "first" for name, _ in done)
+    assert abs(2 * of_first - len(done)) <= 1
+
+
+def test_any_first_points_are_spread():
+    points = sweep(benchmarks_of(), "cpu", "cpu", ["fp32", "bf16"], ["reused"])[0]
+    ordered = even_order(points)
+    assert sorted(map(str, ordered)) == sorted(map(str, points))
+    first = ordered[:8]
+    assert len({point.name for point in first}) == 4
+    assert len({point.label for point in first}) == 4
+    assert sum(point.dtype == "fp32" for point in first) == 4
+
+
+def test_resuming_measures_only_what_is_missing(tmp_path):
+    calls = []
+
+    def counted(input):
+        calls.append(len(input))
+        return _double(input)
+
+    results = _run([_benchmark(ours=counted, counts=(64,))])
+    results.save(tmp_path)
+    assert set(calls) == {64}
+    calls.clear()
+    resumed = _run([_benchmark(ours=counted, counts=(64, 128))], results=load(tmp_path))
+    assert set(calls) == {128}
+    assert [row.label for row in resumed.rows if row.provider == "fastseq"] == ["64", "128"]
+
+
+def test_results_of_another_commit_are_not_resumed(tmp_path, capsys):
+    arguments = ["--ops", "rms_norm", "--suite", "smoke", "--time-budget", "0.001"]
+    arguments += ["--device", "cpu", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    assert content["dropped"]
+    content["environment"]["commit"] = "another"
+    path.write_text(json.dumps(content))
+    assert command.main([*arguments, "--resume"]) == 2
+    assert "commit" in capsys.readouterr().err
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+
+def test_a_planted_slowdown_is_seen(tmp_path, capsys):
+    for name, seconds in (("old", 0.004), ("same", 0.004), ("slower", 0.0054)):
+        benchmark = _benchmark(ours=_slow(seconds), torchs=_slow(0.008))
+        _run([benchmark]).save(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in ("old", "same", "slower")}
+    assert command.main(["compare", paths["old"], paths["same"], "--least", "0.1"]) == 0
+    assert "0 slower, 0 faster" in capsys.readouterr().out
+    assert command.main(["compare", paths["old"], paths["slower"], "--least", "0.1"]) == 1
+    assert "1 slower, 0 faster" in capsys.readouterr().out
+    change = compare.changes(load(tmp_path / "old"), load(tmp_path / "slower"))[0]
+    assert change.ratio == pytest.approx(4 / 5.4, rel=0.1)
+
+
+def test_what_breaks_is_seen():
+    old = _run([_benchmark()])
+    new = _run([_benchmark(ours=lambda input: {"output": input})])
+    assert [row.provider for row in compare.broken(old, new)] == ["fastseq"]
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def test_files_and_tables(tmp_path, capsys):
+    arguments = ["layer_norm", "--ops", "layer_norm,add_rms_norm", "--suite", "smoke"]
+    arguments += ["--device", "cpu", "--seconds", "0.01", "--mode", "fwd", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "add_rms_norm" in printed
+    assert "% ceiling" in printed
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {f"{name}.{suffix}" for name in ("times", "speedups") for suffix in ("svg", "png")}
+    assert names == {"results.json", "results.csv"} | pictures
+    results = load(tmp_path)
+    assert results.environment["command"].startswith("python -m benchmarks layer_norm")
+    assert results.ceilings["1"]["copy"] > 1e8
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == len(results.rows) + 1
+    assert command.main(["table", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "| `layer_norm` fwd |" in table
+    assert results.environment["command"] in table
+
+
+def test_no_results_no_plots(tmp_path):
+    assert plots.save_plots(Results({}), tmp_path) == []
+    assert "no results" in report.markdown(Results({}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["--dtype", "fp8"],
+        ["--mode", ""],
+        ["--threads", "0"],
+        ["--threads", "two"],
+        ["--time-budget", "-1"],
+        ["--ops", "softplus"],
+        ["--resume"],
+        ["--device", "cpu", "--memory", "hot"],
+    ],
+)
+def test_bad_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_bad_files_are_named(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert command.main(["table", str(tmp_path)]) == 2
+    assert "schema" in capsys.readouterr().err
+    assert command.main(["compare", str(tmp_path / "none"), str(tmp_path)]) == 2
+    with pytest.raises(ResultsError):
+        load(tmp_path / "none")
