@@ -28,11 +28,11 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # A kernel file of csrc/cpu is compiled once for each of these, in a namespace of that name.
 INSTRUCTION_SETS = {"generic": []}
 if platform.machine() == "x86_64":
-    INSTRUCTION_SETS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
-        "-mprefer-vector-width=512".split(),
-    }
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+    AVX512 += ["-mprefer-vector-width=512"]
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
+    INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 KERNELS = ["layer_norm"]
 
 

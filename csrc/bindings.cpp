@@ -39,6 +39,8 @@ const InstructionSet& instruction_set() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && (asked.empty() || asked == "avx512_bf16"))
+      return InstructionSet{"avx512_bf16", &avx512_bf16::layer_norm};
     if (avx512 && (asked.empty() || asked == "avx512"))
       return InstructionSet{"avx512", &avx512::layer_norm};
     if (avx2 && asked != "generic") return InstructionSet{"avx2", &avx2::layer_norm};

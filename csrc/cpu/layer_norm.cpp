@@ -47,8 +47,9 @@ char* row_of(const Rows& rows, int64_t row) {
 // The memory that comes next. A row is swept several times in cache while memory idles, and the
 // hardware does not look past the row: the last sweep asks for what follows.
 struct Ahead {
-  const char* data;
-  int64_t size;
+  const char* data = nullptr;
+  int64_t size = 0;
+  Ahead() = default;
   Ahead(const Rows& rows, int64_t row, int64_t distance)
       : data(row_of(rows, row) + distance * element_size(rows.dtype)), size(element_size(rows.dtype)) {}
   // Into L2: L1 is full of the row at hand.
@@ -167,8 +168,10 @@ inline void row_sums(const M* const (&x)[Count], int64_t n, Map map, double (&to
     for (; i + 2 * width <= end; i += 2 * width)
 #pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
-        even[r] += map(r, load(x[r] + i));
-        odd[r] += map(r, load(x[r] + i + width));
+        V<T> first, second;
+        load_two(x[r] + i, first, second);
+        even[r] += map(r, first);
+        odd[r] += map(r, second);
       }
     for (; i < end; i += width)
       for (int r = 0; r < Count; ++r)
@@ -199,34 +202,63 @@ inline void write_values(M* y, int64_t n, bool past_cache, Value value, Next nex
     store_some<T>(y + i, value(i, [n, i](const auto* p) { return load_some<T>(p, n - i); }), n - i);
 }
 
+// What a thread holds while it walks through its rows.
+template <class T>
+struct Workspace {
+  int at_once;     // rows of a step
+  int64_t stride;  // elements between buffers, a whole number of vectors
+  T *x, *grad;     // at_once rows each
+  T *stream, *result;
+  const T *weight, *bias;
+
+  Workspace(int64_t n, const Vector& weight_given, const Vector& bias_given)
+      : at_once(n <= kShort ? kRows : 1), stride((n + 63) / 64 * 64) {
+    const int buffers = 2 * at_once + 4;
+    x = static_cast<T*>(thread_scratch(static_cast<size_t>(buffers * stride) * sizeof(T)));
+    grad = x + at_once * stride;
+    stream = grad + at_once * stride;
+    result = stream + stride;
+    weight = read_parameter<T>(weight_given, T(1), result + stride, n);
+    bias = read_parameter<T>(bias_given, T(0), result + 2 * stride, n);
+  }
+};
+
 // ---- forward --------------------------------------------------------------------------------------
 
-// new_residual = residual + dropout(input), rounded to its type.
-template <class T>
-void add_residual(const LayerNormForward& args, int64_t row, T* buffer, T* residual_buffer) {
+// new_residual = residual + dropout(input), rounded to its type X; kept gets a copy to work on, so that
+// new_residual itself can be streamed past the cache.
+template <class T, class X>
+void add_residual(const LayerNormForward& args, int64_t row, X* kept, T* buffer,
+                  T* residual_buffer) {
   const int64_t n = args.row_length;
+  const auto add = [&](const auto* input, const auto* residual) {
+    const Ahead input_ahead(args.input, row, kAhead), residual_ahead(args.residual, row, kAhead);
+    write_values<T>(
+        reinterpret_cast<X*>(row_of(args.new_residual, row)), n, args.past_cache,
+        [=](int64_t i, auto read) {
+          const V<T> sum = read(input + i) + read(residual + i);
+          store(kept + i, sum);  // kept has room for a whole vector at its end
+          return sum;
+        },
+        [=](int64_t i) {
+          input_ahead.prefetch(i);
+          residual_ahead.prefetch(i);
+        });
+  };
+  const DType type = memory_dtype<X>;
+  if (args.dropout.seed == nullptr && args.input.dtype == type && args.residual.dtype == type)
+    return add(reinterpret_cast<const X*>(row_of(args.input, row)),
+               reinterpret_cast<const X*>(row_of(args.residual, row)));
   convert_row(row_of(args.input, row), args.input.dtype, buffer, n);
   if (args.dropout.seed != nullptr) multiply_by_dropout(buffer, row, n, args.dropout);
-  const T* residual = read_row(args.residual, row, residual_buffer, n);
-  with_type<T>(args.new_residual.dtype, [&](auto* type) {
-    write_values<T>(
-        reinterpret_cast<decltype(type)>(row_of(args.new_residual, row)), n, false,
-        [&](int64_t i, auto read) { return read(buffer + i) + read(residual + i); },
-        [](int64_t) {});
-  });
+  add(buffer, read_row(args.residual, row, residual_buffer, n));
 }
 
 template <class T, class X, class Y, int Count>
-void normalize_rows(const LayerNormForward& args, const Rows& source, int64_t row, const T* weight,
-                    const T* bias) {
+void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], int64_t row,
+                    const T* weight, const T* bias) {
   const int64_t n = args.row_length;
   const double per_element = 1.0 / static_cast<double>(n);
-  const X* x[Count];
-  Y* y[Count];
-  for (int r = 0; r < Count; ++r) {
-    x[r] = reinterpret_cast<const X*>(row_of(source, row + r));
-    y[r] = reinterpret_cast<Y*>(row_of(args.output, row + r));
-  }
   double total[Count];
   T mean[Count] = {}, rstd[Count];
   if (!args.rms) {
@@ -249,43 +281,51 @@ void normalize_rows(const LayerNormForward& args, const Rows& source, int64_t ro
   }
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
   for (int r = 0; r < Count; ++r) {
-    const Ahead ahead(source, row + r, Count * n > kAhead ? Count * n : kAhead);
+    Y* const y = reinterpret_cast<Y*>(row_of(args.output, row + r));
+    const Ahead ahead(args.input, row + r, Count * n > kAhead ? Count * n : kAhead);
     const auto next = [ahead](int64_t i) { ahead.prefetch(i); };
     const auto normalized = [x = x[r], mean = mean[r], rstd = rstd[r]](int64_t i, auto read) {
       return (read(x + i) - mean) * rstd;
     };
     if (affine)
       write_values<T>(
-          y[r], n, args.past_cache,
+          y, n, args.past_cache,
           [=](int64_t i, auto read) {
             return normalized(i, read) * read(weight + i) + read(bias + i);
           },
           next);
     else
-      write_values<T>(y[r], n, args.past_cache, normalized, next);
+      write_values<T>(y, n, args.past_cache, normalized, next);
   }
+}
+
+template <class T, class X, class Y, int Count>
+void forward_step(const LayerNormForward& args, int64_t row, const Workspace<T>& work) {
+  const X* x[Count];
+  for (int r = 0; r < Count; ++r) {
+    if (args.residual.data != nullptr) {
+      X* const kept = reinterpret_cast<X*>(work.x + r * work.stride);
+      add_residual<T>(args, row + r, kept, work.stream, work.result);
+      x[r] = kept;
+    } else {
+      x[r] = reinterpret_cast<const X*>(row_of(args.input, row + r));
+    }
+  }
+  normalize_rows<T, X, Y>(args, x, row, work.weight, work.bias);
 }
 
 template <class T>
 void forward_rows(const LayerNormForward& args, int64_t begin, int64_t end) {
-  const int64_t n = args.row_length;
-  const int64_t padded = (n + 63) / 64 * 64;
-  T* scratch = static_cast<T*>(thread_scratch(static_cast<size_t>(4 * padded) * sizeof(T)));
-  const T* weight = read_parameter<T>(args.weight, T(1), scratch, n);
-  const T* bias = read_parameter<T>(args.bias, T(0), scratch + padded, n);
-  const bool adds = args.residual.data != nullptr;
-  const Rows& source = adds ? args.new_residual : args.input;
-
+  const Workspace<T> work(args.row_length, args.weight, args.bias);
+  const Rows& source = args.residual.data != nullptr ? args.new_residual : args.input;
   with_type<T>(source.dtype, [&](auto* x) {
     with_type<T>(args.output.dtype, [&](auto* y) {
       using X = std::remove_pointer_t<decltype(x)>;
       using Y = std::remove_pointer_t<decltype(y)>;
       for (int64_t row = begin; row < end;) {
-        const int count = n <= kShort && end - row >= kRows ? kRows : 1;
-        for (int r = 0; r < count && adds; ++r)
-          add_residual<T>(args, row + r, scratch + 2 * padded, scratch + 3 * padded);
-        count == 1 ? normalize_rows<T, X, Y, 1>(args, source, row, weight, bias)
-                   : normalize_rows<T, X, Y, kRows>(args, source, row, weight, bias);
+        const int count = end - row >= work.at_once ? work.at_once : 1;
+        count == 1 ? forward_step<T, X, Y, 1>(args, row, work)
+                   : forward_step<T, X, Y, kRows>(args, row, work);
         row += count;
       }
     });
@@ -307,7 +347,8 @@ struct Step {
 
 // Sums over each row into step, sums over the rows added to weight_sum and bias_sum.
 template <class T, class M, int Count, bool Centred>
-void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bias_sum, int64_t n) {
+void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bias_sum, int64_t n,
+                 const Ahead (&ahead)[Count]) {
   double total_grad[Count] = {}, total_product[Count] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -324,6 +365,7 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
         if (Centred) sum_grad[r] += scaled;
         for_weight += grad * normalized;
         for_bias += grad;
+        ahead[r].prefetch(i);
       }
       write(weight_sum + i, for_weight);
       write(bias_sum + i, for_bias);
@@ -351,15 +393,6 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
   }
 }
 
-// What a thread holds while it walks through its rows.
-template <class T>
-struct Workspace {
-  const T* weight;
-  T *x, *grad;  // kRows rows each, stride apart: for rows of another type than M
-  T *stream, *result;
-  int64_t stride;
-};
-
 template <class T, class M, int Count>
 void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T>& work,
                    T* weight_sum, T* bias_sum) {
@@ -376,8 +409,12 @@ void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T
     step.mean[r] = args.rms ? T(0) : static_cast<const T*>(args.mean.data)[row + r];
     step.rstd[r] = static_cast<const T*>(args.rstd.data)[row + r];
   }
-  args.rms ? reduce_step<T, M, Count, false>(step, work.weight, weight_sum, bias_sum, n)
-           : reduce_step<T, M, Count, true>(step, work.weight, weight_sum, bias_sum, n);
+  // Half of what comes next is asked for in each sweep: a core has few requests in flight.
+  const int64_t distance = Count * n > kAhead ? Count * n : kAhead;
+  Ahead x_ahead[Count];
+  for (int r = 0; r < Count; ++r) x_ahead[r] = Ahead(args.x, row + r, distance);
+  args.rms ? reduce_step<T, M, Count, false>(step, work.weight, weight_sum, bias_sum, n, x_ahead)
+           : reduce_step<T, M, Count, true>(step, work.weight, weight_sum, bias_sum, n, x_ahead);
   if (args.grad_x.data == nullptr && args.grad_input.data == nullptr) return;
 
   for (int r = 0; r < Count; ++r) {
@@ -394,12 +431,8 @@ void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T
       if (stream != nullptr) gradient += read(stream + i);
       return gradient;
     };
-    const int64_t distance = Count * n > kAhead ? Count * n : kAhead;
-    const Ahead x_ahead(args.x, row + r, distance), grad_ahead(args.grad_output, row + r, distance);
-    const auto next = [x_ahead, grad_ahead](int64_t i) {
-      x_ahead.prefetch(i);
-      grad_ahead.prefetch(i);
-    };
+    const Ahead grad_ahead(args.grad_output, row + r, distance);
+    const auto next = [grad_ahead](int64_t i) { grad_ahead.prefetch(i); };
     if (args.grad_x.dtype == memory_dtype<M> && args.grad_input.data == nullptr) {
       write_values<T>(reinterpret_cast<M*>(row_of(args.grad_x, row + r)), n, args.past_cache, value,
                       next);
@@ -416,14 +449,7 @@ void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T
 template <class T, class M>
 void backward_rows(const LayerNormBackward& args, int64_t begin, int64_t end) {
   const int64_t n = args.row_length;
-  const int64_t padded = (n + 63) / 64 * 64;
-  const int at_once = n <= kShort ? kRows : 1;
-  const int64_t room = at_once * padded;
-  T* scratch =
-      static_cast<T*>(thread_scratch(static_cast<size_t>(2 * room + 3 * padded) * sizeof(T)));
-  T* const rest = scratch + 2 * room;
-  const Workspace<T> work{read_parameter<T>(args.weight, T(1), rest, n), scratch, scratch + room,
-                          rest + padded, rest + 2 * padded, padded};
+  const Workspace<T> work(n, args.weight, Vector{});
   for (int64_t partial = begin; partial < end; ++partial) {
     T* weight_sum = static_cast<T*>(args.partials) + partial * n;
     T* bias_sum = weight_sum + args.partial_rows * n;
@@ -431,7 +457,7 @@ void backward_rows(const LayerNormBackward& args, int64_t begin, int64_t end) {
     std::memset(bias_sum, 0, static_cast<size_t>(n) * sizeof(T));
     const int64_t last = args.rows * (partial + 1) / args.partial_rows;
     for (int64_t row = args.rows * partial / args.partial_rows; row < last;) {
-      const int count = last - row >= at_once ? at_once : 1;
+      const int count = last - row >= work.at_once ? work.at_once : 1;
       count == 1 ? backward_step<T, M, 1>(args, row, work, weight_sum, bias_sum)
                  : backward_step<T, M, kRows>(args, row, work, weight_sum, bias_sum);
       row += count;

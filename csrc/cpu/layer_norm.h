@@ -25,6 +25,9 @@ inline int64_t layer_norm_partial_rows(int64_t rows) {
 }
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const LayerNormCpu layer_norm;
+}
 namespace avx512 {
 extern const LayerNormCpu layer_norm;
 }

@@ -169,17 +169,37 @@ inline F32x load(const f16* p) {
 #endif
 }
 
+// The next two vectors in any order of their elements, for sums.
+template <class V, class M>
+inline void load_two(const M* p, V& first, V& second) {
+  first = load(p);
+  second = load(p + sizeof(V) / sizeof(first[0]));
+}
+
+inline void load_two(const bf16* p, F32x& first, F32x& second) {
+  U32x pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  first = bit_cast<F32x>(pairs << 16);
+  second = bit_cast<F32x>(pairs & 0xffff0000u);
+}
+
 // ---- stores: compute vector -> memory type, rounding to nearest even ------------------------------
 
 inline void store(double* p, F64x v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(float* p, F32x v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline void store(bf16* p, F32x v) {
+#if defined(__AVX512BF16__)
+  // One instruction for nine; it flushes what is below the smallest normal number, 1.2e-38.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))));
+#else
   const U32x bits = bit_cast<U32x>(v);
   const U32x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32x quiet = (bits >> 16) | 0x40u;
   const U16x narrow = __builtin_convertvector(v == v ? rounded : quiet, U16x);
   std::memcpy(p, &narrow, sizeof(narrow));
+#endif
 }
 
 inline void store(f16* p, F32x v) {
