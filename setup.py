@@ -83,7 +83,7 @@ class BuildExtension(build_ext):
                     "-c",
                     f"csrc/cuda/{k}.cu",
                 ]
-                for k in KERNELS
+                for k in ["device", *KERNELS]
             ]
         outputs = [objects / f"{index}.o" for index in range(len(commands))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

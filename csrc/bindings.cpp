@@ -1,5 +1,6 @@
 // Registers the C++ ops: torch.ops.fastseq_C.*, private to fastseq/ops. The one file that knows torch.
 #include "tensors.h"
+#include <torch/csrc/stable/accelerator.h>
 
 #include <Python.h>
 
@@ -11,8 +12,7 @@
 #include "cpu/layer_norm.h"
 
 #ifdef FASTSEQ_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
+#include "cuda/device.h"
 #include "cuda/layer_norm.h"
 // The one symbol of libtorch_cuda. Weak: in a CPU build of torch it stays null, and no CUDA tensor can
 // reach the code that calls it.
@@ -205,6 +205,55 @@ Tensors4 layer_norm_backward_cpu(Tensor grad_output, std::optional<Tensor> grad_
       });
 }
 
+#ifdef FASTSEQ_CUDA
+
+// The device of a tensor made current, and torch's stream on it.
+struct CudaCall {
+  explicit CudaCall(const Tensor& tensor)
+      : device(tensor.get_device_index()), guard(static_cast<int32_t>(device)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  }
+  void check(const char* name, const char* error) const {
+    STD_TORCH_CHECK(error == nullptr, "fastseq ", name, " on CUDA: ", error);
+  }
+  const int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+
+Tensors4 layer_norm_forward_cuda_op(Tensor input, std::optional<Tensor> residual,
+                                    std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                    std::optional<Tensor> seed, int64_t row_length, double eps,
+                                    bool rms, int64_t threshold, double scale,
+                                    ScalarType output_dtype, ScalarType residual_dtype) {
+  const CudaCall call(input);
+  return forward(input, residual, weight, bias, seed, row_length, eps, rms, threshold, scale,
+                 output_dtype, residual_dtype, [&](const LayerNormForward& problem) {
+                   call.check("layer_norm", layer_norm_forward_cuda(problem, call.stream));
+                 });
+}
+
+Tensors4 layer_norm_backward_cuda_op(Tensor grad_output, std::optional<Tensor> grad_new_residual,
+                                     Tensor x, std::optional<Tensor> weight,
+                                     std::optional<Tensor> bias, Tensor mean, Tensor rstd,
+                                     std::optional<Tensor> seed, int64_t row_length,
+                                     int64_t threshold, double scale, ScalarType input_dtype,
+                                     int64_t wanted) {
+  const CudaCall call(x);
+  return backward(
+      grad_output, grad_new_residual, x, weight, bias, mean, rstd, seed, row_length, threshold, scale,
+      input_dtype, wanted, [&](LayerNormBackward& problem) {
+        problem.partial_rows = layer_norm_partial_rows_cuda(problem.rows, row_length,
+                                                            multiprocessor_count_cuda(call.device));
+        // Freed to torch's allocator on return: it hands the memory to later work of this stream.
+        const Tensor partials = empty({2, problem.partial_rows, row_length}, ScalarType::Float, x);
+        problem.partials = partials.data_ptr();
+        call.check("layer_norm backward", layer_norm_backward_cuda(problem, call.stream));
+      });
+}
+
+#endif
+
 }  // namespace
 }  // namespace fastseq
 
@@ -230,6 +279,13 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cpu));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cpu));
 }
+
+#ifdef FASTSEQ_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CUDA, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cuda_op));
+  m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cuda_op));
+}
+#endif
 
 // Importing fastseq._C is loading it; there is nothing in it for Python.
 extern "C" PyObject* PyInit__C(void) {

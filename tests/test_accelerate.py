@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
 
 import fastseq
-from fastseq.explain import BYPASSES, FASTSEQ, READY, SKIPPED, SWAPPED
-
-torch.set_num_threads(1)
+from fastseq.backends import Decision
+from fastseq.explain import BYPASSES, FASTSEQ, READY, SKIPPED, SWAPPED, Explanation
 
 
 class MyNorm(nn.LayerNorm):
@@ -328,16 +329,30 @@ def test_parametrized_after(calls):
     assert type(fastseq.restore(model)[0]) is nn.LayerNorm
 
 
-def test_class_changed_by_fully_shard():
-    # What torch.distributed.fsdp.fully_shard does to a module's class, without its process group.
-    model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.LayerNorm(8)))
-    for module in (model[0], model[1]):
-        kind = type(module)
-        members = {"__module__": "torch.distributed.fsdp._fully_shard._fully_shard"}
-        module.__class__ = type(f"FSDP{kind.__name__}", (kind,), members)
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_shard(process_group):
+    model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+    plain = copy.deepcopy(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (model[0], model[1], model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
     fastseq.accelerate(model, verbose=False)
     assert decisions(model) == {"0": SKIPPED, "1.0": SWAPPED}
-    assert "fully_shard" in reason(model, "0")
+    assert "dynamic class: FSDPLayerNorm" in reason(model, "0")
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).pow(2).sum().backward()
+    plain(x).pow(2).sum().backward()
+    grad = model[1][0].weight.grad.full_tensor()
+    torch.testing.assert_close(grad, plain[1][0].weight.grad)
 
 
 def test_instance_forward():
@@ -375,7 +390,7 @@ def test_trace_of_an_accelerated_model_runs_without_fastseq():
     torch.testing.assert_close(traced(x), nn.functional.layer_norm(x, (8,)))
 
 
-def test_compiled_wrapper_is_searched_and_notices(calls):
+def test_compiled_wrapper_is_searched_and_notices():
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
     x = torch.randn(2, 8)
     compiled = torch.compile(model, backend="eager")
@@ -388,20 +403,14 @@ def test_compiled_wrapper_is_searched_and_notices(calls):
     assert not fastseq.explain(compiled, x).calls
 
 
-def test_distributed_data_parallel(tmp_path, model):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        plain = copy.deepcopy(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        fastseq.accelerate(wrapped, verbose=False)
-        assert decisions(wrapped)["module.first"] == SWAPPED
-        wrapped(TOKENS).pow(2).sum().backward()
-        plain(TOKENS).pow(2).sum().backward()
-        torch.testing.assert_close(model.first.weight.grad, plain.first.weight.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel(process_group, model):
+    plain = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    fastseq.accelerate(wrapped, verbose=False)
+    assert decisions(wrapped)["module.first"] == SWAPPED
+    wrapped(TOKENS).pow(2).sum().backward()
+    plain(TOKENS).pow(2).sum().backward()
+    torch.testing.assert_close(model.first.weight.grad, plain.first.weight.grad)
 
 
 def test_wrapped_like_lora():
@@ -531,9 +540,10 @@ def test_explain_calls_forward_and_backward():
 
 
 def test_explain_says_why_not_another_backend():
-    call = fastseq.backends.__globals__["Decision"]("_layer_norm_fwd", "torch", (("cpu", "no"),))
-    text = str(fastseq.explain.__globals__["Explanation"]("1 fastseq call", calls=(call, call)))
-    assert text.splitlines()[2].split() == "layer_norm forward 2 torch not cpu: no".split()
+    call = Decision("_layer_norm_fwd", "torch", (("cuda", "not built"), ("cpu", "no AVX2")))
+    text = str(Explanation("2 fastseq calls", calls=(call, call)))
+    expected = "  layer_norm forward  2      torch   not cuda: not built; not cpu: no AVX2"
+    assert text.splitlines()[2] == expected
 
 
 def test_explain_a_model_with_arguments_returns_its_result(model):

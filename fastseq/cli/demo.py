@@ -69,6 +69,7 @@ class Result:
 
     name: str
     parameters: int
+    threads: int
     swapped: dict[str, int]
     skipped: list[tuple[str, str, str]]
     kept: dict[str, int]
@@ -126,17 +127,17 @@ def run(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
 
     text = Text.load()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    elif not gpu:
-        _choose_threads(tasks[0], text)
     environment = _environment(device)
     demo_report.print_header(environment, len(text.tokens), len(text.alphabet))
     results = []
+    threads = torch.get_num_threads()
     with demo_report.progress() as progress:
         for task in tasks:
             advance = progress(task.name, options.steps or options.seconds)
+            if not gpu:
+                torch.set_num_threads(options.threads or _best_threads(task, text))
             results.append(_measure(task, text, device, options, advance))
+    torch.set_num_threads(threads)
 
     picture = demo_report.save_picture(results, environment, options.out / "demo.png")
     models = [
@@ -194,7 +195,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": device_name(device),
         "precision": "bf16 autocast" if device.type == "cuda" else "fp32",
-        "threads": torch.get_num_threads(),
         "backends": backends(),
     }
 
@@ -305,6 +305,7 @@ def _describe(
     return Result(
         name=task.name,
         parameters=sum(weight.numel() for weight in plain.parameters()),
+        threads=torch.get_num_threads(),
         swapped=dict(Counter(row.type for row in rows if row.decision == SWAPPED)),
         skipped=[(row.fqn, row.type, row.reason) for row in rows if row.decision != SWAPPED],
         kept=dict(Counter(_torch_modules(plain, {row.fqn for row in rows}))),
@@ -441,18 +442,17 @@ def _sample(
     return text.write(tokens[0])
 
 
-def _choose_threads(task: Task, text: Text) -> None:
+def _best_threads(task: Task, text: Text) -> int:
     """One thread or all of them: on a machine that others use too, one is often the faster."""
     most = torch.get_num_threads()
-    if most == 1:
-        return
     trainer = _Trainer(task.make(len(text.alphabet)), task.learning_rate)
     batch = text.batch(task.batch, task.context, torch.Generator())
     trainer.step(*batch)
     times = {}
-    for threads in (1, most):
+    for threads in sorted({1, most}):
         torch.set_num_threads(threads)
         trainer.step(*batch)
         steps = [_timed(lambda: trainer.step(*batch), torch.device("cpu"))[1] for _ in range(5)]
         times[threads] = statistics.median(steps)
-    torch.set_num_threads(min(times, key=times.__getitem__))
+    torch.set_num_threads(most)
+    return min(times, key=times.__getitem__)

@@ -46,9 +46,6 @@ def progress() -> Iterator[Callable[[str, float], Advance]]:
 def print_header(environment: dict[str, Any], characters: int, alphabet: int) -> None:
     """What runs where, on what text."""
     device = f"{environment['device_name']}, {environment['precision']}"
-    if environment["device"] == "cpu":
-        threads = environment["threads"]
-        device += f", {threads} thread{'s' if threads > 1 else ''}"
     _console.print(
         f"[bold]fastseq {environment['fastseq']}[/bold], torch {environment['torch']}\n{device}\n"
         f"Text: Python's language reference, {characters:,} characters of {alphabet} kinds.\n"
@@ -137,7 +134,7 @@ def _measured_table(results: list[Result]) -> Table:
         table.add_row(result.name, "torch", rows["torch"][0], "", *rows["torch"][2:])
         table.add_row(f"[dim]{result.steps} steps", "fastseq", *rows["fastseq"])
         table.add_row(
-            "",
+            f"[dim]{_threads(result)}",
             "",
             "",
             f"{verdict} {max(result.bound):.1e}",
@@ -146,6 +143,10 @@ def _measured_table(results: list[Result]) -> Table:
             end_section=True,
         )
     return table
+
+
+def _threads(result: Result) -> str:
+    return "1 thread" if result.threads == 1 else f"{result.threads} threads"
 
 
 def _ratio(pair: dict[str, float]) -> float:
@@ -215,8 +216,6 @@ def save_picture(results: list[Result], environment: dict[str, Any], path: Path)
             _draw_differences(differences, result)
             _draw_times(times, result)
         where = f"{environment['device_name']}, {environment['precision']}"
-        if environment["device"] == "cpu":
-            where += f", {environment['threads']} thread(s)"
         figure.suptitle(
             f"fastseq {environment['fastseq']} against torch {environment['torch']} on {where}",
             fontsize=13,
@@ -281,4 +280,9 @@ def _draw_times(axes: Any, result: Result) -> None:
             weight="bold",
         )
     axes.grid(visible=False, axis="x")
-    axes.set(title=f"Time of a step: {result.ratio:.2f}x", ylabel="ms (median, 20-80 %)")
+    axes.set_ylim(0, 1.3 * max(medians))  # a busy machine's slow steps may reach beyond
+    axes.set(
+        title=f"Time of a step: {result.ratio:.2f}x",
+        xlabel=_threads(result),
+        ylabel="ms (median, 20-80 %)",
+    )

@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 def _device(name: str) -> torch.device | None:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return None
     usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     return device if usable else None
 
