@@ -62,7 +62,7 @@ class BuildExtension(build_ext):
             ]
 
         commands = [[*host, *binding_flags, "-c", "csrc/bindings.cpp"]]
-        commands += [[*host, "-c", "csrc/cpu/scratch.cpp"]]
+        commands += [[*host, "-c", f"csrc/cpu/{name}.cpp"] for name in ("scratch", "instruction_set")]
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [

@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-budget", type=_positive, metavar="SECONDS")
     parser.add_argument("--seconds", type=_positive, default=1.0, help="sampling of each group")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write files here")
+    formats = ("svg", "png")
+    parser.add_argument("--plots", type=_listed(formats), default=list(formats), help="svg,png")
     parser.add_argument("--resume", action="store_true", help="keep the rows DIR has already")
     return parser
 
@@ -141,10 +143,16 @@ def _measure(arguments: list[str]) -> int:
         kept = load(options.out)
         check_same_origin(kept.environment, results.environment)
         results.rows, results.ceilings = kept.rows, kept.ceilings
-    return _run(settings, results, phases, options.out)
+    return _run(settings, results, phases, options.out, options.plots)
 
 
-def _run(settings: Settings, results: Results, phases: list[list[Point]], out: Path | None) -> int:
+def _run(
+    settings: Settings,
+    results: Results,
+    phases: list[list[Point]],
+    out: Path | None,
+    formats: list[str],
+) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     stopped = ""
     with _progress(sum(len(phase) for phase in phases)) as tell:
@@ -161,7 +169,7 @@ def _run(settings: Settings, results: Results, phases: list[list[Point]], out: P
     report.show(results, console)
     if out:
         results.save(out)
-        written = plots.save_plots(results, out)
+        written = plots.save_plots(results, out, formats)
         names = ["results.json", "results.csv", *(path.name for path in written)]
         console.print(f"in {out}: {', '.join(names)}")
     failures = [row for row in results.rows if row.failure is not None]

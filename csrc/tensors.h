@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "layer_norm.h"
+#include "types.h"
 
 namespace fastseq {
 
@@ -19,11 +19,16 @@ using torch::stable::Tensor;
 inline DType dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Double: return DType::f64;
-    default: STD_TORCH_CHECK(false, "fastseq kernels take fp32, fp16, bf16 and fp64 tensors");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      STD_TORCH_CHECK(false, "fastseq kernels take fp32, fp16, bf16 and fp64 tensors");
   }
 }
 
@@ -42,8 +47,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, torch::headeronly::Scalar
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(),
-      &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())),
+      device.index(), &handle));
   return Tensor(handle);
 }
 
@@ -53,8 +58,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
-// A contiguous tensor as numel / row_length rows, or a [outer, inner, row_length] view by its strides.
-// An empty tensor is an absent one.
+// A contiguous tensor as numel / row_length rows, or a [outer, inner, row_length] view by its
+// strides. An empty tensor is an absent one.
 inline Rows rows_of(const Tensor& tensor, int64_t row_length) {
   Rows rows;
   if (tensor.numel() == 0) return rows;

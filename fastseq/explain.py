@@ -76,7 +76,7 @@ class Explanation:
         calls = []
         for call, times in Counter(self.calls).items():
             passed_over = "; ".join(f"not {name}: {reason}" for name, reason in call.reasons)
-            why = passed_over or "the first choice"
+            why = passed_over or "nothing was passed over"
             calls.append((call_name(call.op), str(times), call.backend, why))
         return _table(self.title, ("call", "times", "ran on", "why"), calls)
 

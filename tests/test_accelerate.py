@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -297,7 +298,9 @@ def test_fastseqs_own_modules_are_named_as_such():
 
     model = nn.Sequential(fastseq.nn.AddLayerNorm(8), Mine(8), fastseq.nn.RMSNorm(8))
     assert decisions(model) == {"0": FASTSEQ, "1": FASTSEQ, "2": SWAPPED}
-    fastseq.restore(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastseq.restore(model)
     assert [type(module) for module in model] == [fastseq.nn.AddLayerNorm, Mine, nn.RMSNorm]
 
 

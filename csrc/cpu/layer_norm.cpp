@@ -3,21 +3,20 @@
 //   forward    sum -> centred sum of squares -> write        reads x once, writes y once
 //   backward   sums over the row and over rows -> write dx   reads x and dy once, writes dx once
 //
-// A row is swept two or three times, but only the first sweep meets memory: the others find it in L1
-// or L2, so memory sees the minimum of 2 and 3 tensor passes. Short rows go kRows at a time: their
-// reductions are chains of latencies that overlap then, weight and bias are loaded once for all of
-// them, and in backward the running sums for weight and bias travel through L1 once for all of them.
-// While a row is written, the next is asked for (the hardware does not look that far), and an output
-// larger than the cache is stored past it, which saves reading its lines first.
+// A row is swept two or three times, but only the first sweep meets memory: the others find it in
+// L1 or L2, so memory sees the minimum of 2 and 3 tensor passes. Short rows go kRows at a time:
+// their reductions are chains of latencies that overlap then, weight and bias are loaded once for
+// all of them, and in backward the running sums for weight and bias travel through L1 once for all
+// of them. While a row is written, the next is asked for (the hardware does not look that far), and
+// an output larger than the cache is stored past it, which saves reading its lines first.
 //
 // Arithmetic is in the compute type T (float, or double for fp64); M is a type in memory.
 #include "layer_norm.h"
 
 #include <type_traits>
 
-#include "../math/random.h"
+#include "rows.h"
 #include "scratch.h"
-#include "vec.h"
 
 extern "C" double sqrt(double);
 
@@ -26,181 +25,6 @@ namespace {
 
 constexpr int kRows = 4;          // rows of one step
 constexpr int64_t kShort = 4096;  // rows up to this length go kRows at a time
-constexpr int64_t kAhead = 4096;  // elements to look ahead at least
-constexpr int64_t kBlock = 4096;  // summands of one fp32 partial sum: bounds the error of long rows
-
-template <class T>
-using V = typename Simd<T>::V;
-template <class T>
-constexpr int lanes = Simd<T>::lanes;
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
-char* row_of(const Rows& rows, int64_t row) {
-  const int64_t element =
-      (row / rows.inner) * rows.stride_outer + (row % rows.inner) * rows.stride_inner;
-  return static_cast<char*>(rows.data) + element * element_size(rows.dtype);
-}
-
-// The memory that comes next. A row is swept several times in cache while memory idles, and the
-// hardware does not look past the row: the last sweep asks for what follows.
-struct Ahead {
-  const char* data = nullptr;
-  int64_t size = 0;
-  Ahead() = default;
-  Ahead(const Rows& rows, int64_t row, int64_t distance)
-      : data(row_of(rows, row) + distance * element_size(rows.dtype)), size(element_size(rows.dtype)) {}
-  // Into L2: L1 is full of the row at hand.
-  void prefetch(int64_t i) const { __builtin_prefetch(data + i * size, 0, 2); }
-};
-
-// Calls f with a null pointer of the memory type; only the types a compute type can meet.
-template <class T, class F>
-inline void with_type(DType dtype, F f) {
-  if constexpr (sizeof(T) == 8) {
-    f(static_cast<double*>(nullptr));
-  } else {
-    switch (dtype) {
-      case DType::f32: return f(static_cast<float*>(nullptr));
-      case DType::f16: return f(static_cast<f16*>(nullptr));
-      default: return f(static_cast<bf16*>(nullptr));
-    }
-  }
-}
-
-template <class M>
-constexpr DType memory_dtype = DType::f32;
-template <>
-constexpr DType memory_dtype<double> = DType::f64;
-template <>
-constexpr DType memory_dtype<f16> = DType::f16;
-template <>
-constexpr DType memory_dtype<bf16> = DType::bf16;
-
-template <class T>
-void convert_row(const void* source, DType dtype, T* target, int64_t n) {
-  with_type<T>(dtype, [&](auto* type) {
-    const auto* p = static_cast<decltype(type)>(const_cast<void*>(source));
-    for (int64_t i = 0; i < n; i += lanes<T>)
-      store_some<T>(target + i, load_some<T>(p + i, n - i), n - i);
-  });
-}
-
-// The row in the compute type: itself where it is that already, else converted into buffer.
-template <class T>
-const T* read_row(const Rows& rows, int64_t row, T* buffer, int64_t n) {
-  const char* source = row_of(rows, row);
-  if (rows.dtype == memory_dtype<T>) return reinterpret_cast<const T*>(source);
-  convert_row(source, rows.dtype, buffer, n);
-  return buffer;
-}
-
-template <class T>
-void write_row(const Rows& rows, int64_t row, const T* source, int64_t n) {
-  with_type<T>(rows.dtype, [&](auto* type) {
-    auto* p = reinterpret_cast<decltype(type)>(row_of(rows, row));
-    for (int64_t i = 0; i < n; i += lanes<T>)
-      store_some<T>(p + i, load_some<T>(source + i, n - i), n - i);
-  });
-}
-
-// Weight or bias in the compute type; fill where there is none.
-template <class T>
-const T* read_parameter(const Vector& parameter, T fill, T* buffer, int64_t n) {
-  if (parameter.data != nullptr && parameter.dtype == memory_dtype<T>)
-    return static_cast<const T*>(parameter.data);
-  for (int64_t i = 0; i < n; ++i) {
-    if (parameter.data == nullptr) {
-      buffer[i] = fill;
-      continue;
-    }
-    switch (parameter.dtype) {
-      case DType::f64: buffer[i] = static_cast<T>(static_cast<double*>(parameter.data)[i]); break;
-      case DType::f32: buffer[i] = static_cast<T>(static_cast<float*>(parameter.data)[i]); break;
-      case DType::f16: buffer[i] = to_float(static_cast<f16*>(parameter.data)[i]); break;
-      case DType::bf16: buffer[i] = to_float(static_cast<bf16*>(parameter.data)[i]); break;
-    }
-  }
-  return buffer;
-}
-
-void write_parameter(const Vector& parameter, int64_t i, double value) {
-  const float narrow = static_cast<float>(value);
-  switch (parameter.dtype) {
-    case DType::f64: static_cast<double*>(parameter.data)[i] = value; break;
-    case DType::f32: static_cast<float*>(parameter.data)[i] = narrow; break;
-    case DType::f16: static_cast<f16*>(parameter.data)[i] = to_f16(narrow); break;
-    case DType::bf16: static_cast<bf16*>(parameter.data)[i] = to_bf16(narrow); break;
-  }
-}
-
-template <class T>
-void multiply_by_dropout(T* row, int64_t index, int64_t n, const Dropout& dropout) {
-  const auto key = random::row_key(static_cast<uint64_t>(*dropout.seed), static_cast<uint64_t>(index));
-  constexpr int width = lanes<float>;
-  U32x lane;
-  for (int i = 0; i < width; ++i) lane[i] = static_cast<uint32_t>(i);
-  for (int64_t i = 0; i < n; i += width) {
-    U32x x = lane + (static_cast<uint32_t>(i) + key.first);
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= key.second;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    x ^= x >> 16;
-    const int64_t count = n - i < width ? n - i : width;
-    for (int64_t j = 0; j < count; ++j)
-      row[i + j] = x[j] < dropout.threshold ? T(0) : row[i + j] * static_cast<T>(dropout.scale);
-  }
-}
-
-// The sums of map(r, x_i) over Count rows. A row's result does not depend on Count.
-template <class T, class M, int Count, class Map>
-inline void row_sums(const M* const (&x)[Count], int64_t n, Map map, double (&total)[Count]) {
-  constexpr int width = lanes<T>;
-  for (int r = 0; r < Count; ++r) total[r] = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    V<T> even[Count] = {}, odd[Count] = {};
-    int64_t i = begin;
-    for (; i + 2 * width <= end; i += 2 * width)
-#pragma GCC unroll 4
-      for (int r = 0; r < Count; ++r) {
-        V<T> first, second;
-        load_two(x[r] + i, first, second);
-        even[r] += map(r, first);
-        odd[r] += map(r, second);
-      }
-    for (; i < end; i += width)
-      for (int r = 0; r < Count; ++r)
-        even[r] += keep_first<T>(map(r, load_some<T>(x[r] + i, end - i)), end - i);
-    for (int r = 0; r < Count; ++r) total[r] += horizontal_sum<T>(even[r] + odd[r]);
-  }
-}
-
-// Writes value(i, read) into a row, asking for the memory that follows on the way; read loads a vector
-// at i, of which the last may be part. An aligned row can be streamed past the cache.
-template <class T, class M, class Value, class Next>
-inline void write_values(M* y, int64_t n, bool past_cache, Value value, Next next) {
-  constexpr int width = lanes<T>;
-  const auto whole = [](const auto* p) { return load(p); };
-  int64_t i = 0;
-  if (past_cache && reinterpret_cast<uintptr_t>(y) % (sizeof(M) * width) == 0) {
-    for (; i + width <= n; i += width) {
-      stream(y + i, value(i, whole));
-      next(i);
-    }
-  } else {
-    for (; i + width <= n; i += width) {
-      store(y + i, value(i, whole));
-      next(i);
-    }
-  }
-  if (i < n)
-    store_some<T>(y + i, value(i, [n, i](const auto* p) { return load_some<T>(p, n - i); }), n - i);
-}
 
 // What a thread holds while it walks through its rows.
 template <class T>
@@ -223,10 +47,11 @@ struct Workspace {
   }
 };
 
-// ---- forward --------------------------------------------------------------------------------------
+// ---- forward
+// --------------------------------------------------------------------------------------
 
-// new_residual = residual + dropout(input), rounded to its type X; kept gets a copy to work on, so that
-// new_residual itself can be streamed past the cache.
+// new_residual = residual + dropout(input), rounded to its type X; kept gets a copy to work on, so
+// that new_residual itself can be streamed past the cache.
 template <class T, class X>
 void add_residual(const LayerNormForward& args, int64_t row, X* kept, T* buffer,
                   T* residual_buffer) {
@@ -333,7 +158,8 @@ void forward_rows(const LayerNormForward& args, int64_t begin, int64_t end) {
   fence();
 }
 
-// ---- backward -------------------------------------------------------------------------------------
+// ---- backward
+// -------------------------------------------------------------------------------------
 
 // Count rows of backward, x and grad of one type in memory.
 template <class T, class M, int Count>

@@ -1,6 +1,6 @@
 // The CPU kernels of the layer_norm family, one set per instruction set. They do no threading of
-// their own: the caller hands out ranges of rows (forward), of partial rows (backward) and of columns
-// (finish). Results do not depend on how the ranges were cut.
+// their own: the caller hands out ranges of rows (forward), of partial rows (backward) and of
+// columns (finish). Results do not depend on how the ranges were cut.
 #pragma once
 
 #include "../layer_norm.h"
@@ -17,8 +17,8 @@ struct LayerNormCpu {
   void (*finish)(const LayerNormBackward& args, int64_t begin, int64_t end);
 };
 
-// Partial rows for a problem of that many rows: a function of the problem alone, so that the sums over
-// rows are taken in the same order whatever the number of threads.
+// Partial rows for a problem of that many rows: a function of the problem alone, so that the sums
+// over rows are taken in the same order whatever the number of threads.
 inline int64_t layer_norm_partial_rows(int64_t rows) {
   const int64_t wanted = rows / 128;
   return wanted < 1 ? 1 : wanted > 64 ? 64 : wanted;

@@ -1,9 +1,10 @@
 // SIMD vectors for the CPU kernels, by the compilers' vector extensions (GCC and Clang).
 //
-// A kernel file is compiled once for every instruction set in a namespace of that name (FASTSEQ_ISA,
-// set by the build) and chosen at run time, so that one wheel runs on any x86-64 and on aarch64.
-// These files include nothing with inline code of its own (no standard containers, no torch): the
-// linker could otherwise keep the AVX-512 copy of a shared inline function for everybody.
+// A kernel file is compiled once for every instruction set in a namespace of that name
+// (FASTSEQ_ISA, set by the build) and chosen at run time, so that one wheel runs on any x86-64 and
+// on aarch64. These files include nothing with inline code of its own (no standard containers, no
+// torch): the linker could otherwise keep the AVX-512 copy of a shared inline function for
+// everybody.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,6 @@
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
-
-#include "../layer_norm.h"
 
 #if defined(__AVX512F__)
 #define FASTSEQ_VECTOR_BYTES 64
@@ -128,7 +127,8 @@ inline f16 to_f16(float x) {
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
 }
 
-// ---- loads: memory type -> compute vector --------------------------------------------------------
+// ---- loads: memory type -> compute vector
+// --------------------------------------------------------
 
 inline F64x load(const double* p) {
   F64x v;
@@ -183,7 +183,8 @@ inline void load_two(const bf16* p, F32x& first, F32x& second) {
   second = bit_cast<F32x>(pairs & 0xffff0000u);
 }
 
-// ---- stores: compute vector -> memory type, rounding to nearest even ------------------------------
+// ---- stores: compute vector -> memory type, rounding to nearest even
+// ------------------------------
 
 inline void store(double* p, F64x v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(float* p, F32x v) { std::memcpy(p, &v, sizeof(v)); }
@@ -214,10 +215,11 @@ inline void store(f16* p, F32x v) {
 #endif
 }
 
-// ---- stores past the cache ------------------------------------------------------------------------
+// ---- stores past the cache
+// ------------------------------------------------------------------------
 
-// As store, without reading the line first and without keeping it: for outputs larger than the cache.
-// p must be aligned to sizeof(M) * lanes; fence() before others read.
+// As store, without reading the line first and without keeping it: for outputs larger than the
+// cache. p must be aligned to sizeof(M) * lanes; fence() before others read.
 template <class M, class V>
 inline void stream(M* p, V v) {
 #if defined(__AVX512F__)
@@ -247,7 +249,8 @@ inline void fence() {
 #endif
 }
 
-// ---- rows whose length is no multiple of the width ------------------------------------------------
+// ---- rows whose length is no multiple of the width
+// ------------------------------------------------
 
 // The first count lanes from memory, zero in the others.
 template <class T, class M>

@@ -1,6 +1,6 @@
-#include "device.h"
-
 #include <cuda_runtime.h>
+
+#include "device.h"
 
 namespace fastseq {
 
@@ -9,7 +9,8 @@ int multiprocessor_count_cuda(int device) {
   static int counts[kRemembered] = {};  // a race writes the same number twice
   int count = device < kRemembered ? counts[device] : 0;
   if (count == 0) {
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) count = 1;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      count = 1;
     if (device < kRemembered) counts[device] = count;
   }
   return count;

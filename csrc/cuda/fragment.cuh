@@ -204,8 +204,7 @@ __device__ __forceinline__ void pack(Packed<kVector, kChunks>& packed,
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; i += 2) {
-          packed.words[c][i / 2] =
-              floats_to_pair(fragment.values[c][i], fragment.values[c][i + 1]);
+          packed.words[c][i / 2] = floats_to_pair(fragment.values[c][i], fragment.values[c][i + 1]);
         }
       }
     }

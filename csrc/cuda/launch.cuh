@@ -12,7 +12,7 @@
   (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>
 
 // FASTSEQ_SHARED(float[2][32], sums); declares an array that the block shares, uninitialised.
-#define FASTSEQ_SHARED(type, name) __shared__ ::fastseq::SharedType<type> name
+#define FASTSEQ_SHARED(type, name) __shared__::fastseq::SharedType<type> name
 
 // FASTSEQ_DYNAMIC_SHARED(float, row); points at the shared memory whose size the launch gave.
 #define FASTSEQ_DYNAMIC_SHARED(type, name)                      \

@@ -27,10 +27,9 @@
 // Deterministic: every sum has one fixed order, without atomics. A row's bits depend on its length,
 // the alignment of the tensors and nothing else; those of grad_weight and grad_bias also on
 // partial_rows.
-#include "layer_norm.h"
-
 #include <initializer_list>
 
+#include "layer_norm.h"
 #include "layer_norm_backward.cuh"
 #include "layer_norm_forward.cuh"
 #include "layer_norm_launch.h"
@@ -89,10 +88,9 @@ DType widest_dtype(std::initializer_list<DType> dtypes) {
 }
 
 const char* check(const LayerNormForward& problem) {
-  const DType widest = widest_dtype({problem.input.dtype, problem.residual.dtype,
-                                     problem.weight.dtype, problem.bias.dtype, problem.output.dtype,
-                                     problem.new_residual.dtype, problem.mean.dtype,
-                                     problem.rstd.dtype});
+  const DType widest = widest_dtype(
+      {problem.input.dtype, problem.residual.dtype, problem.weight.dtype, problem.bias.dtype,
+       problem.output.dtype, problem.new_residual.dtype, problem.mean.dtype, problem.rstd.dtype});
   if (const char* reason = layer_norm_rejects_cuda(problem.row_length, widest)) return reason;
   const bool residual = problem.residual.data != nullptr;
   if (problem.rows == 0 || problem.row_length == 0) return nullptr;
@@ -109,11 +107,10 @@ const char* check(const LayerNormForward& problem) {
 }
 
 const char* check(const LayerNormBackward& problem) {
-  const DType widest = widest_dtype({problem.grad_output.dtype, problem.grad_new_residual.dtype,
-                                     problem.x.dtype, problem.weight.dtype, problem.mean.dtype,
-                                     problem.rstd.dtype, problem.grad_x.dtype,
-                                     problem.grad_input.dtype, problem.grad_weight.dtype,
-                                     problem.grad_bias.dtype});
+  const DType widest = widest_dtype(
+      {problem.grad_output.dtype, problem.grad_new_residual.dtype, problem.x.dtype,
+       problem.weight.dtype, problem.mean.dtype, problem.rstd.dtype, problem.grad_x.dtype,
+       problem.grad_input.dtype, problem.grad_weight.dtype, problem.grad_bias.dtype});
   if (const char* reason = layer_norm_rejects_cuda(problem.row_length, widest)) return reason;
   if (problem.rows == 0 || problem.row_length == 0) return nullptr;
   if (problem.grad_output.data == nullptr || problem.x.data == nullptr ||

@@ -87,8 +87,7 @@ __device__ __forceinline__ void finish_row(const LayerNormBackward& problem,
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      grad.values[c][i] =
-          rstd * (grad.values[c][i] - offset - normalised.values[c][i] * slope);
+      grad.values[c][i] = rstd * (grad.values[c][i] - offset - normalised.values[c][i] * slope);
     }
   }
   if (problem.grad_new_residual.data != nullptr) {

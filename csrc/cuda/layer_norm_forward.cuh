@@ -37,8 +37,8 @@ __device__ __forceinline__ void add_residual(Fragment<kVector, kChunks>& x,
 // Writes x and leaves in it what was written: the rounded values are what the norm is taken of.
 template <int kVector, int kChunks>
 __device__ __forceinline__ void store_rounded(const Rows& to, int64_t offset,
-                                              Fragment<kVector, kChunks>& x,
-                                              const Columns& columns, bool active) {
+                                              Fragment<kVector, kChunks>& x, const Columns& columns,
+                                              bool active) {
   Packed<kVector, kChunks> packed;
   pack(packed, x, to.dtype);
   if (active) store(to.data, to.dtype, offset, packed, columns);
@@ -122,7 +122,7 @@ constexpr int forward_blocks(int elements, bool residual) {
 
 // A team of threads holds a row in registers.
 template <int kVector, int kChunks, bool kResidual>
-__global__ void __launch_bounds__(kMaxThreads, forward_blocks(kVector * kChunks, kResidual))
+__global__ void __launch_bounds__(kMaxThreads, forward_blocks(kVector* kChunks, kResidual))
     forward_kernel(const LayerNormForward problem, int team_threads) {
   FASTSEQ_SHARED(TeamScratch, scratch);
   const Team team = make_team(team_threads);
@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads, forward_blocks(kVector * kChunks,
     }
     apply_affine(group, weight, bias, problem);
     if (active) {
-      store(problem.output.data, problem.output.dtype, output_offset + begin, group,
-            group_columns);
+      store(problem.output.data, problem.output.dtype, output_offset + begin, group, group_columns);
     }
   }
 }
@@ -240,8 +239,8 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_kernel(const LayerNo
 
     float variance[1] = {0};
     for (int64_t strip = 0; strip < length; strip += kStrip) {
-      variance[0] += sum_of_squares(load_strip(source, source_offset, strip), mean[0],
-                                    strip_columns(strip));
+      variance[0] +=
+          sum_of_squares(load_strip(source, source_offset, strip), mean[0], strip_columns(strip));
     }
     team_sum(variance, team, scratch, half);
     const float rstd =

@@ -70,8 +70,7 @@ inline int forward_vector(const LayerNormForward& problem) {
 }
 
 inline int backward_vector(const LayerNormBackward& problem) {
-  const bool any_16_bit =
-      problem.grad_output.dtype != DType::f32 || problem.x.dtype != DType::f32;
+  const bool any_16_bit = problem.grad_output.dtype != DType::f32 || problem.x.dtype != DType::f32;
   return choose_vector(problem.row_length, any_16_bit, [&](int vector) {
     return is_aligned(problem.grad_output, vector) && is_aligned(problem.x, vector) &&
            is_aligned(problem.grad_new_residual, vector) && is_aligned(problem.grad_x, vector) &&

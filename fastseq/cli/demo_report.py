@@ -161,12 +161,13 @@ def _why(result: Result) -> str:
     lines = [
         f"[bold]{result.name} {result.ratio:.2f}x[/bold]: {', '.join(result.swapped)} takes "
         f"{torch_ms:.2f} of the {step:.1f} ms of torch's step ({torch_ms / step:.0%}), fastseq's "
-        f"{our_ms:.2f} ms. That alone makes {expected:.2f}x of the step; everything else runs on "
-        "torch in both, and its share of the ratio is noise."
+        f"{our_ms:.2f} ms: that alone makes {expected:.2f}x of the step. Everything else runs on "
+        "torch in both, so the rest of the ratio is noise and caches, no kernel."
     ]
     for call, (backend, *reasons) in result.kernels.items():
         if backend in ("torch", "reference"):
-            lines.append(f"    {call} ran on {backend}'s kernel: {escape('; '.join(reasons))}")
+            why = "; ".join(reasons) or "it was forced"
+            lines.append(f"    {call} ran on the backend {backend}: {escape(why)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,31 @@
+#include "instruction_set.h"
+
+#include <cstdlib>
+#include <string>
+
+// A new family adds its kernels here.
+#define FASTSEQ_KERNELS(isa) \
+  InstructionSet { #isa, &isa::layer_norm }
+
+namespace fastseq {
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = [] {
+    const char* variable = std::getenv("FASTSEQ_CPU_ISA");
+    const std::string asked = variable == nullptr ? "" : variable;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && (asked.empty() || asked == "avx512_bf16"))
+      return FASTSEQ_KERNELS(avx512_bf16);
+    if (avx512 && (asked.empty() || asked == "avx512")) return FASTSEQ_KERNELS(avx512);
+    if (avx2 && asked != "generic") return FASTSEQ_KERNELS(avx2);
+#endif
+    return FASTSEQ_KERNELS(generic);
+  }();
+  return chosen;
+}
+
+}  // namespace fastseq
