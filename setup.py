@@ -33,7 +33,8 @@ if platform.machine() == "x86_64":
     AVX512 += ["-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
-KERNELS = ["layer_norm"]
+CPU_KERNELS = ["layer_norm"]  # csrc/cpu/<family>.cpp
+CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 
 class BuildExtension(build_ext):
@@ -67,7 +68,7 @@ class BuildExtension(build_ext):
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [
             [*host, *math, f"-DFASTSEQ_ISA={name}", *flags, "-c", f"csrc/cpu/{kernel}.cpp"]
-            for kernel in KERNELS
+            for kernel in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
         ]
         if NVCC:
@@ -83,7 +84,7 @@ class BuildExtension(build_ext):
                     "-c",
                     f"csrc/cuda/{k}.cu",
                 ]
-                for k in ["device", *KERNELS]
+                for k in ["device", *CUDA_KERNELS]
             ]
         outputs = [objects / f"{index}.o" for index in range(len(commands))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

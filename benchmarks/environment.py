@@ -28,6 +28,7 @@ def describe(device: torch.device, arguments: list[str]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "fastseq": fastseq.__version__,

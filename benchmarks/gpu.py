@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu``: everything worth doing with a GPU that is at hand for ten minutes.
 
 Builds in place, verifies every kernel, runs the GPU tests, compute-sanitizer and the benchmarks,
-each in a process of its own with a time limit: what fails or hangs takes nothing else with it. Every
+each in a process of its own with a time limit: what fails or hangs takes nothing else with it. Each
 step saves as it goes; the folder holds at most eight small files. ``--device cpu`` stands in for a
 GPU, to try all of this without one.
 """

@@ -12,7 +12,7 @@ import torch
 
 # The options of glibc's mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_HUGE = 2**31 - 1
+_NEVER = -1
 
 #: On the CPU: whether a call's output lands on pages the process already has.
 CPU_POLICIES = ("reused", "fresh")
@@ -37,7 +37,7 @@ def set_allocation(policy: str) -> bool:
     if not hasattr(library, "mallopt"):
         return False
     if policy == "reused":
-        return bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _HUGE))
+        return bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER))
     done = (
         library.mallopt(_MMAP_MAX, 65536)
         and library.mallopt(_MMAP_THRESHOLD, 128 * 1024)

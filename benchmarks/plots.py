@@ -70,8 +70,7 @@ def _times(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
     styles = dict(zip(dtypes, ("-", "--", ":", "-."), strict=False))
     for number, operator in enumerate(operators):
         mine = [row for row in rows if row.operator == operator]
-        by_size = sorted(mine, key=lambda row: row.minimal_bytes)
-        labels = list(dict.fromkeys(row.label for row in by_size))
+        labels = list(dict.fromkeys(row.label for row in mine))
         for column, mode in enumerate(modes):
             above, below = grid[2 * number][column], grid[2 * number + 1][column]
             some = [row for row in mine if row.mode == mode]

@@ -105,6 +105,12 @@ def show_environment(results: Results, console: Console) -> None:
     env = results.environment
     dirty = " + changes" if env.get("dirty") else ""
     console.print(f"{env['device']}, torch {env['torch']}, fastseq {env['commit']}{dirty}")
+    if env.get("load", 0.0) > 0.2 * (env.get("cpus") or 1):
+        console.print(
+            f"the machine was busy at the start (load {env['load']:.1f} on {env['cpus']} CPUs): "
+            "times are off, and with several threads ratios too",
+            style="yellow",
+        )
     for threads, found in results.ceilings.items():
         matmul = ", ".join(f"{n} {rate / 1e12:.3g}" for n, rate in found["matmul"].items())
         where = "" if env.get("gpu") else f"{threads} threads: "
@@ -134,7 +140,8 @@ def markdown(results: Results, provider: str = "fastseq", *, policy: str | None 
     for threads, chosen in _by(rows, "threads", "policy"):
         labels = list(dict.fromkeys(row.label for row in chosen))
         dtypes = list(dict.fromkeys(row.dtype for row in chosen))
-        place = chosen[0].policy if chosen[0].device == "cuda" else f"{threads[0]} threads"
+        count = f"{threads[0]} thread{'' if threads[0] == 1 else 's'}"
+        place = chosen[0].policy if chosen[0].device == "cuda" else count
         outputs = "" if chosen[0].device == "cuda" else f", {chosen[0].policy} outputs"
         lines = [
             f"Times faster than torch, {' / '.join(dtypes)} ({place}{outputs}):",

@@ -13,6 +13,7 @@ import torch
 import fastseq
 from fastseq.backends import BackendError
 from fastseq.testing import BOUND, MismatchError, Problem, make_problem, measure_torch, run
+from fastseq.testing.check import device_works
 from fastseq.testing.operators import Function, Ratios
 
 from . import ceilings, memory
@@ -57,8 +58,8 @@ class Runner:
     _verdicts: dict[tuple[str, str, str, str], tuple[Ratios, str | None]] = field(
         default_factory=dict
     )
-    #: Seconds a point took beside its sampling, the longest so far: what the next may take.
-    _overhead: float = 0.0
+    #: Seconds that points of a size took beside their sampling, the longest.
+    _overheads: dict[str, float] = field(default_factory=dict)
 
     def run(self, phases: Sequence[Sequence[Point]]) -> None:
         """Measure all points, or those that the budget has time for.
@@ -94,9 +95,12 @@ class Runner:
             return usual
         left = deadline - time.perf_counter()
         groups = self._groups(point)
-        if left < self._overhead + LEAST_GROUP_SECONDS * groups:
+        known = list(self._overheads.values())
+        expected = self._overheads.get(point.label, max(known, default=0.0))
+        if left < expected + LEAST_GROUP_SECONDS * groups:
             return 0.0
-        fair = (left / points_left - self._overhead) / groups
+        usual_overhead = sum(known) / len(known) if known else 0.0
+        fair = (left / points_left - usual_overhead) / groups
         return min(usual, max(LEAST_GROUP_SECONDS, fair))
 
     def _measure_ceilings(self, phases: Sequence[Sequence[Point]]) -> None:
@@ -160,7 +164,8 @@ class Runner:
             self.results.rows += self._group(point, group, problems, usable, timer, seconds)
             sampled += min(seconds, time.perf_counter() - begin)
             gc.collect()
-        self._overhead = max(self._overhead, time.perf_counter() - started - sampled)
+        overhead = time.perf_counter() - started - sampled
+        self._overheads[point.label] = max(overhead, self._overheads.get(point.label, 0.0))
 
     def _without_doubles(self, wanted: list[Provider], problem: Problem) -> list[Provider]:
         """Without the forced backends that are what fastseq chooses anyway, unless asked for."""
@@ -215,13 +220,16 @@ class Runner:
                     wrong = f"wrong: {mismatch}"
                 except BackendError as error:
                     wrong = f"skipped: {str(error).split('cannot serve: ')[-1]}"
-                except torch.AcceleratorError:
-                    raise
                 except Exception as error:  # a rival that cannot run must not end the run
+                    self._raise_if_lost(error)
                     wrong = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 self._verdicts[key] = ratios, wrong
             gated.append((provider, function, *self._verdicts[key]))
         return gated
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        if isinstance(error, torch.AcceleratorError) and not device_works(self.settings.device):
+            raise error
 
     # --- one group -------------------------------------------------------------------------------
 
@@ -253,9 +261,8 @@ class Runner:
                     continue
             except BackendError as error:
                 wrong = f"skipped: {str(error).split('cannot serve: ')[-1]}"
-            except torch.AcceleratorError:
-                raise
-            except Exception as error:
+            except Exception as error:  # an operation that a graph cannot capture, for one
+                self._raise_if_lost(error)
                 wrong = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if wrong.startswith("skipped: "):
                 row.skipped = wrong.removeprefix("skipped: ")

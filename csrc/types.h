@@ -25,7 +25,7 @@ struct Vector {
 struct Dropout {
   const int64_t* seed = nullptr;  // null: no dropout
   uint32_t threshold = 0;
-  float scale = 1;
+  double scale = 1;
 };
 
 }  // namespace fastseq

@@ -153,11 +153,15 @@ def row_offsets(row, inner, outer_stride, stride):
 
 
 @triton.jit
-def aligned(pointer, offsets, VECTOR: tl.constexpr):
-    """``pointer + offsets`` of a tile ``[M, N]``, known to begin each vector on its own boundary."""
+def aligned(pointer, row_start, column, VECTOR: tl.constexpr):
+    """Pointers to a tile ``[M, N]``, known to begin each vector on its own boundary.
+
+    ``row_start`` is ``[M]`` in int64 and added first, ``column`` ``[1, N]`` in int32: so addresses
+    within a row are 32-bit offsets from one pointer, which saves registers.
+    """
     SIZE: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
     BYTES: tl.constexpr = VECTOR * SIZE if VECTOR * SIZE < 16 else 16
-    return tl.multiple_of(pointer + offsets, (SIZE, BYTES))
+    return tl.multiple_of(pointer + row_start[:, None] + column, (SIZE, BYTES))
 
 
 @triton.jit
@@ -226,8 +230,8 @@ def random_bits(first, second, column):
 def dropout(x, seed, row, column, threshold, scale):
     """``x`` where it is kept, times ``scale``; 0 elsewhere.
 
-    ``seed`` points to int64 ``[1]`` on the device; row is ``[M]``, column ``[1, N]``.
+    ``seed`` is the int64 itself, as loaded; row is ``[M]``, column ``[1, N]``.
     """
-    first, second = row_key(tl.load(seed), row)
+    first, second = row_key(seed, row)
     bits = random_bits(first[:, None], second[:, None], column)
     return tl.where(bits >= threshold.to(tl.uint32), x * scale, 0.0)

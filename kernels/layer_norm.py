@@ -63,80 +63,96 @@ from .common import (
 # --- launch configurations -----------------------------------------------------------------------
 
 
+#: Rows up to so many bytes stay in registers forward: 16 or 32 elements a thread for 1024 threads of 64
+#: registers, the most an SM has for one program.
+FORWARD_LIMIT = 65536
+
+#: Rows up to so many elements do backward: 16 a thread for 512 threads of 128 registers, where x,
+#: grad_output, the weight and two sums for each leave no room for 32.
+BACKWARD_LIMIT = 8192
+
+
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut up: tiles of ``[block_m, block_n]`` elements, one at a time a program."""
+    """How a kernel is cut up. None of it depends on the number of rows.
 
-    block_m: int
-    block_n: int
+    The figures come from the generated code (``tests/codegen``), not yet from a clock.
+    """
+
+    block_m: int  # rows of a tile
+    block_n: int  # and columns
     num_warps: int
-    split: bool = False  # rows longer than block_n, in several tiles
-    num_stages: int = 1  # tiles under way at once, staged through shared memory
-    programs_per_multiprocessor: int = 0  # of a persistent kernel
-    registers: int | None = None  # at most so many a thread
-
-
-#: The longest rows kept in registers, in elements of fp32 arithmetic.
-FORWARD_LIMIT = 32768
-BACKWARD_LIMIT = 8192
+    registers: int | None = None  # a thread's share where so many programs are to live on an SM
+    split: bool = False  # a row takes several tiles
+    num_stages: int = 1  # one more than the tiles fetched ahead, through shared memory
+    programs: int = 0  # of a persistent kernel, on every SM
 
 
 @cache
 def forward_launch(row_length: int, element_size: int, limit: int) -> Launch:
+    """The launch of the forward; ``element_size`` is the wider of input and new residual in bytes."""
     block_n = max(8, next_power_of_2(row_length))
-    if row_length > limit:
-        return Launch(1, min(limit, 8192), 16, registers=64, split=True)
-    per_thread = 64 // element_size
-    if block_n * element_size < 512:
-        return Launch(64 * per_thread // block_n, block_n, 4)
-    num_warps = min(16, max(1, block_n // (32 * per_thread)))
-    if block_n > 16384:
-        num_warps = 32
-    block_m = max(1, 32 * per_thread // block_n)
-    return Launch(block_m, block_n, num_warps, registers=64 if num_warps == 16 else None)
+    row_bytes = block_n * element_size
+    if row_length * element_size > limit:
+        # 16 elements a thread with two statistics each: 80 registers, three programs an SM; each
+        # fetches two tiles ahead.
+        return Launch(1, min(limit // element_size, 4096), 8, split=True, num_stages=3)
+    if row_bytes < 512:
+        # Not a vector for every lane: 32 bytes a thread in rows side by side.
+        return Launch(4096 // row_bytes, block_n, 4)
+    if row_bytes <= 2048:
+        # A warp to itself needs neither shared memory nor barriers. An SM takes 32 programs, so 64
+        # bytes a thread are 64 KB under way.
+        return Launch(2048 // row_bytes, block_n, 1)
+    # 16 elements a thread, 40 to 64 registers: 1024 threads or more an SM and 32 KB under way. From
+    # 16 warps on the compiler would rather spill than give up a third program, if it were let.
+    num_warps = min(32, block_n // 512)
+    return Launch(1, block_n, num_warps, registers=64 if num_warps >= 16 else None)
 
 
 @cache
-def backward_launch(
-    row_length: int, element_size: int, stream_bytes: int, architecture: int, limit: int
-) -> Launch:
+def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit: int) -> Launch:
+    """The launch of the backward; ``stream_bytes`` is what is read for one element of a row."""
     block_n = max(8, next_power_of_2(row_length))
-    if row_length > limit:
-        block_m = 4 if row_length <= 32768 else 2
-        return Launch(
-            block_m, min(limit, 2048), 8, split=True, programs_per_multiprocessor=2, registers=128
-        )
-    if block_n <= 256:
-        num_warps, tile = 4, 1024
+    split = row_length > limit
+    # All register files are full, and as a program lives as long as the grid, all programs resident:
+    # threads * registers * programs <= 65536. 8 elements a thread while that fills the SM with warps;
+    # 16 from 4096 on, where a program has 8 or 16 warps for one row and each tile costs two barriers.
+    if split:
+        block_n, num_warps, registers, programs = min(limit, 2048), 8, 128, 2
+    elif block_n <= 256:
+        num_warps, registers, programs = 4, None, 4
+    elif block_n <= 2048:
+        num_warps, registers, programs = 8, 80, 3
+    elif block_n <= 4096:
+        num_warps, registers, programs = 8, 128, 2
     else:
-        num_warps = 8 if block_n <= 4096 else 16
-        tile = 32 * num_warps * 16
-    per_multiprocessor = 16 // num_warps
-    shared = shared_memory_limit(architecture) // per_multiprocessor - 2048
-    buffers = shared // (tile * stream_bytes)
-    num_stages = max(1, min(3, 1 + buffers))
-    return Launch(
-        max(1, tile // block_n),
-        block_n,
-        num_warps,
-        num_stages=num_stages,
-        programs_per_multiprocessor=per_multiprocessor,
-        registers=128 if num_warps>4 else None,
+        num_warps, registers, programs = 16, 128, 1
+    block_m = 1 if split else max(1, 256 * num_warps // block_n)
+    # Two tiles ahead keep 16 to 64 KB under way on an SM all the time; chips with less shared memory
+    # (fp32 rows of 8192 with a residual on an A100) go with one or none.
+    tiles = (shared_memory_limit(architecture) // programs - 4096) // (
+        block_m * block_n * stream_bytes
     )
+    num_stages = max(1, min(3, 1 + tiles))
+    return Launch(block_m, block_n, num_warps, registers, split, num_stages, programs)
 
 
 # --- kernels -------------------------------------------------------------------------------------
 
+#: Partial rows are fp32 and begin on 128 bytes.
+PARTIAL_VECTOR = tl.constexpr(4)
+
 @triton.jit
 def _load(pointer, row_start, column, mask, VECTOR: tl.constexpr, EVICT: tl.constexpr = ""):
     """A tile of rows that begin at ``row_start`` in fp32; 0 where masked."""
-    pointers = aligned(pointer, row_start[:, None] + column, VECTOR)
+    pointers = aligned(pointer, row_start, column, VECTOR)
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
 def _store(pointer, row_start, column, x, mask, VECTOR: tl.constexpr):
-    pointers = aligned(pointer, row_start[:, None] + column, VECTOR)
+    pointers = aligned(pointer, row_start, column, VECTOR)
     tl.store(pointers, rounded(x, pointer.dtype.element_ty), mask=mask)
 
 
@@ -158,7 +174,7 @@ def _rows(tile, rows, BLOCK_M: tl.constexpr):
 @triton.jit
 def _parameter(pointer, column, mask, VECTOR: tl.constexpr):
     """Weight or bias as ``[1, BLOCK_N]``: a row, so that it comes in the layout of the tile's rows."""
-    return tl.load(aligned(pointer, column, VECTOR), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(aligned(pointer, tl.zeros([1], tl.int64), column, VECTOR), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -184,7 +200,7 @@ def _form_x(
         if seed is not None:
             x = dropout(x, seed, row, column, threshold, scale)
         x = rounded(stream + x, new_residual.dtype.element_ty)
-        tl.store(aligned(new_residual, new_start[:, None] + column, VECTOR), x, mask=mask)
+        tl.store(aligned(new_residual, new_start, column, VECTOR), x, mask=mask)
         x = x.to(tl.float32)
     return x
 
@@ -226,8 +242,11 @@ def forward_kernel(
     VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Rows that fit: ``[BLOCK_M, BLOCK_N]`` of them in registers from their one read to the write."""
+    if seed is not None:
+        seed = tl.load(seed)
     row, row_exists = _rows(tl.program_id(0), rows, BLOCK_M)
     column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
     mask = row_exists[:, None] & column_exists
@@ -297,6 +316,7 @@ def forward_split_kernel(
     VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """A longer row in two sweeps over tiles ``[1, BLOCK_N]``.
 
@@ -305,6 +325,8 @@ def forward_split_kernel(
     where the first ended: those tiles are the likeliest to lie in L2. Nothing reads them thereafter,
     so they are marked to leave first and keep the beginning of the row in.
     """
+    if seed is not None:
+        seed = tl.load(seed)
     row, _ = _rows(tl.program_id(0), rows, BLOCK_M)
     input_start = row_offsets(row, input_inner, input_outer_stride, input_stride)
     residual_start = row_offsets(row, residual_inner, residual_outer_stride, residual_stride)
@@ -313,7 +335,7 @@ def forward_split_kernel(
 
     lane_mean = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lane_squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=NUM_STAGES):
         column, mask = _columns(tile * BLOCK_N, row_length, VECTOR, BLOCK_N)
         x = _form_x(
             input,
@@ -350,7 +372,7 @@ def forward_split_kernel(
     tl.store(rstd + row, scaling)
 
     tl.debug_barrier()  # other threads' new_residual is read below
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=NUM_STAGES):
         column, mask = _columns((tiles - 1 - tile) * BLOCK_N, row_length, VECTOR, BLOCK_N)
         if residual is None:
             x = _load(input, input_start, column, mask, VECTOR, "evict_first")
@@ -433,7 +455,7 @@ def backward_kernel(
     seed,
     grad_x,
     grad_input,
-    partials,
+    scratch,
     grad_inner,
     grad_outer_stride,
     grad_stride,
@@ -448,6 +470,7 @@ def backward_kernel(
     pitch,
     threshold,
     scale,
+    group,
     GRAD_WEIGHT: tl.constexpr,
     GRAD_BIAS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -462,6 +485,8 @@ def backward_kernel(
     the two sums over a row; while they do, the loads of the next tile are under way.
     """
     GRAD: tl.constexpr = grad_x is not None or grad_input is not None
+    if seed is not None:
+        seed = tl.load(seed)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
@@ -524,16 +549,10 @@ def backward_kernel(
 
     partial_row = tl.full([1], pitch, tl.int64) * program
     if GRAD_WEIGHT:
-        _store(partials, partial_row, column, tl.sum(weight_sum, 0)[None, :], column_exists, 4)
+        _store(scratch, partial_row, column, tl.sum(weight_sum, 0)[None, :], column_exists, PARTIAL_VECTOR)
         partial_row += tl.full([1], pitch, tl.int64) * programs
     if GRAD_BIAS:
-        _store(partials, partial_row, column, tl.sum(bias_sum, 0)[None, :], column_exists, 4)
-
-
-@triton.jit
-def _sum_neighbours(x):
-    """``[M, N]`` to ``[M, N / 8]``."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
+        _store(scratch, partial_row, column, tl.sum(bias_sum, 0)[None, :], column_exists, PARTIAL_VECTOR)
 
 
 @kernel
@@ -547,7 +566,7 @@ def backward_split_kernel(
     seed,
     grad_x,
     grad_input,
-    partials,
+    scratch,
     grad_inner,
     grad_outer_stride,
     grad_stride,
@@ -562,6 +581,7 @@ def backward_split_kernel(
     pitch,
     threshold,
     scale,
+    group,
     GRAD_WEIGHT: tl.constexpr,
     GRAD_BIAS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -569,107 +589,120 @@ def backward_split_kernel(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Longer rows, ``BLOCK_M`` at a time: one sweep for their two sums, one for the results.
+    """Longer rows, ``group`` of them at a time, in tiles ``[1, BLOCK_N]`` and two sweeps.
 
-    The sums for grad_weight and grad_bias are too long for registers as well. They lie in the
-    program's own partial rows, read and written once for ``BLOCK_M`` rows.
+    The first sweep goes along each row for its two sums, the second across the rows of the group, tile
+    by tile from the end, for the results. The sums for grad_weight and grad_bias are too long for
+    registers: they lie in the program's partial rows, which a group reads and writes once. Behind the
+    partial rows lie the sums over each row of the group.
     """
     GRAD: tl.constexpr = grad_x is not None or grad_input is not None
+    if seed is not None:
+        seed = tl.load(seed)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     inverse_length = 1.0 / row_length.to(tl.float32)
     weight_row = tl.full([1], pitch, tl.int64) * program
+    partial_rows = tl.full([1], pitch, tl.int64) * programs
     bias_row = weight_row
     if GRAD_WEIGHT:
-        bias_row += tl.full([1], pitch, tl.int64) * programs
+        bias_row += partial_rows
+    tiles = tl.cdiv(row_length, BLOCK_N)
+    if GRAD:
+        sums = scratch + (GRAD_WEIGHT + GRAD_BIAS) * partial_rows + 2 * group * program
 
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
-        row, row_exists = _rows(tile, rows, BLOCK_M)
-        grad_start = row_offsets(row, grad_inner, grad_outer_stride, grad_stride)
-        x_start = row_offsets(row, x_inner, x_outer_stride, x_stride)
-        slope = tl.zeros([BLOCK_M], tl.float32)
-        offset = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(program * group, rows, programs * group):
+        last = tl.minimum(first + group, rows)
         if GRAD:
-            # Sums of 8 neighbours, mostly one thread's: an eighth of the registers a whole tile takes.
-            slopes = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
-            offsets = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
-            for begin in tl.range(0, row_length, BLOCK_N, num_stages=NUM_STAGES):
-                column, column_exists = _columns(begin, row_length, VECTOR, BLOCK_N)
-                mask = row_exists[:, None] & column_exists
+            for number in range(first, last):
+                row, row_exists = _rows(number, rows, BLOCK_M)
+                grad_start = row_offsets(row, grad_inner, grad_outer_stride, grad_stride)
+                x_start = row_offsets(row, x_inner, x_outer_stride, x_stride)
+                slopes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                offsets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for begin in tl.range(0, row_length, BLOCK_N, num_stages=NUM_STAGES):
+                    column, mask = _columns(begin, row_length, VECTOR, BLOCK_N)
+                    grad, normalised, _ = _gradient(
+                        grad_output,
+                        x,
+                        mean,
+                        rstd,
+                        grad_start,
+                        x_start,
+                        row,
+                        row_exists,
+                        column,
+                        mask,
+                        True,
+                        VECTOR,
+                    )
+                    if weight is not None:
+                        grad *= _parameter(weight, column, mask, VECTOR)
+                    slopes += grad * normalised
+                    if mean is not None:
+                        offsets += grad
+                slope, offset = sum_pair(slopes, offsets, 1)
+                tl.store(sums + 2 * (number - first), slope * inverse_length)
+                tl.store(sums + 2 * (number - first) + 1, offset * inverse_length)
+
+        tl.debug_barrier()  # what one thread stored of a row's sums, all read below
+        for tile in range(0, tiles):
+            column, mask = _columns((tiles - 1 - tile) * BLOCK_N, row_length, VECTOR, BLOCK_N)
+            seen = mask & (first >= programs * group)
+            if GRAD and weight is not None:
+                gamma = _parameter(weight, column, mask, VECTOR)
+            if GRAD_WEIGHT:
+                weight_sum = _load(scratch, weight_row, column, seen, PARTIAL_VECTOR)
+            if GRAD_BIAS:
+                bias_sum = _load(scratch, bias_row, column, seen, PARTIAL_VECTOR)
+            for number in range(first, last):
+                row, row_exists = _rows(number, rows, BLOCK_M)
                 grad, normalised, scaling = _gradient(
                     grad_output,
                     x,
                     mean,
                     rstd,
-                    grad_start,
-                    x_start,
+                    row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
+                    row_offsets(row, x_inner, x_outer_stride, x_stride),
                     row,
                     row_exists,
                     column,
                     mask,
-                    True,
-                    VECTOR,
-                )
-                if weight is not None:
-                    grad *= _parameter(weight, column, column_exists, VECTOR)
-                slopes += _sum_neighbours(grad * normalised)
-                if mean is not None:
-                    offsets += _sum_neighbours(grad)
-            slope = tl.sum(slopes, 1) * inverse_length
-            if mean is not None:
-                offset = tl.sum(offsets, 1) * inverse_length
-
-        tl.debug_barrier()  # other threads' partial rows, of the tile before, are read below
-        for begin in range(0, row_length, BLOCK_N):
-            column, column_exists = _columns(begin, row_length, VECTOR, BLOCK_N)
-            mask = row_exists[:, None] & column_exists
-            grad, normalised, scaling = _gradient(
-                grad_output,
-                x,
-                mean,
-                rstd,
-                grad_start,
-                x_start,
-                row,
-                row_exists,
-                column,
-                mask,
-                GRAD or GRAD_WEIGHT,
-                VECTOR,
-                "evict_first",
-            )
-            seen = column_exists & (tile != program)
-            if GRAD_WEIGHT:
-                total = tl.sum(grad * normalised, 0)[None, :]
-                total += _load(partials, weight_row, column, seen, 4)
-                _store(partials, weight_row, column, total, column_exists, 4)
-            if GRAD_BIAS:
-                total = tl.sum(grad, 0)[None, :]
-                total += _load(partials, bias_row, column, seen, 4)
-                _store(partials, bias_row, column, total, column_exists, 4)
-            if GRAD:
-                if weight is not None:
-                    grad *= _parameter(weight, column, column_exists, VECTOR)
-                _write_gradients(
-                    grad_x,
-                    grad_input,
-                    grad_new_residual,
-                    seed,
-                    grad,
-                    normalised,
-                    scaling,
-                    slope,
-                    offset,
-                    row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-                    row * row_length,
-                    row,
-                    column,
-                    mask,
-                    threshold,
-                    scale,
+                    GRAD or GRAD_WEIGHT,
                     VECTOR,
                     "evict_first",
                 )
+                if GRAD_WEIGHT:
+                    weight_sum += grad * normalised
+                if GRAD_BIAS:
+                    bias_sum += grad
+                if GRAD:
+                    if weight is not None:
+                        grad *= gamma
+                    _write_gradients(
+                        grad_x,
+                        grad_input,
+                        grad_new_residual,
+                        seed,
+                        grad,
+                        normalised,
+                        scaling,
+                        tl.load(sums + 2 * (number - first)),
+                        tl.load(sums + 2 * (number - first) + 1),
+                        row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+                        row * row_length,
+                        row,
+                        column,
+                        mask,
+                        threshold,
+                        scale,
+                        VECTOR,
+                        "evict_first",
+                    )
+            if GRAD_WEIGHT:
+                _store(scratch, weight_row, column, weight_sum, mask, PARTIAL_VECTOR)
+            if GRAD_BIAS:
+                _store(scratch, bias_row, column, bias_sum, mask, PARTIAL_VECTOR)
 
 
 @kernel
@@ -683,7 +716,7 @@ def finalise_kernel(
     for begin in range(0, programs, BLOCK_P):
         program = begin + tl.arange(0, BLOCK_P)
         mask = (program < programs)[:, None] & column_exists
-        total += _load(partials, (first + program).to(tl.int64) * pitch, column, mask, 4)
+        total += _load(partials, (first + program).to(tl.int64) * pitch, column, mask, PARTIAL_VECTOR)
     total = tl.sum(total, 0)[None, :]
     if grad_weight is not None and tl.program_id(1) == 0:
         _store(grad_weight, tl.zeros([1], tl.int64), column, total, column_exists, 1)
@@ -759,6 +792,7 @@ def forward(
             ),
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
+            NUM_STAGES=launch.num_stages,
             num_warps=launch.num_warps,
             maxnreg=launch.registers,
         )
@@ -793,18 +827,17 @@ def backward(
     )
     rows = rstd.numel()
     device = device_of(x)
-    size = max(grad_output.element_size(), x.element_size())
-    streams = sum(
-        t.element_size() for t in (grad_output, grad_new_residual, x) if t is not None
-    )
-    launch = backward_launch(row_length, size, streams, device.architecture, BACKWARD_LIMIT)
-    programs = min(
-        ceil_div(rows, launch.block_m), device.multiprocessors * launch.programs_per_multiprocessor
-    )
+    streams = sum(t.element_size() for t in (grad_output, grad_new_residual, x) if t is not None)
+    launch = backward_launch(row_length, streams, device.architecture, BACKWARD_LIMIT)
+    resident = device.multiprocessors * launch.programs
+    programs = min(ceil_div(rows, launch.block_m), resident)
+    group = min(4, ceil_div(rows, programs)) if launch.split else 0
     pitch = ceil_div(row_length, 32) * 32
-    partials = None
-    if sums:
-        partials = torch.empty(sums * programs * pitch, dtype=torch.float32, device=x.device)
+    # The programs' partial rows, then two sums for every row of a program's group.
+    scratch = None
+    if sums or launch.split:
+        size = programs * (sums * pitch + 2 * group)
+        scratch = torch.empty(size, dtype=torch.float32, device=x.device)
     run = backward_split_kernel if launch.split else backward_kernel
     with on_device(x):
         run[(programs,)](
@@ -817,7 +850,7 @@ def backward(
             seed,
             wanted_x,
             wanted_input,
-            partials,
+            scratch,
             *strides[0],
             *strides[1],
             *strides[2],
@@ -826,6 +859,7 @@ def backward(
             pitch,
             threshold,
             scale,
+            group,
             GRAD_WEIGHT=wanted_weight is not None,
             GRAD_BIAS=wanted_bias is not None,
             VECTOR=vector_width(
@@ -844,9 +878,9 @@ def backward(
             num_warps=launch.num_warps,
             maxnreg=launch.registers,
         )
-        if partials is not None:
+        if sums:
             finalise_kernel[(ceil_div(row_length, 32), sums)](
-                partials,
+                scratch,
                 wanted_weight,
                 wanted_bias,
                 programs,

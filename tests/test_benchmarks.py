@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, memory, plots, report
+from benchmarks import codegen, compare, gpu, memory, plots, report
+from benchmarks.__main__ import _parser as command_parser
 from benchmarks.ops import FAMILIES, benchmarks_of
 from benchmarks.points import even_order, sweep
 from benchmarks.registry import Benchmark, Cost, Provider
@@ -293,3 +294,64 @@ def test_bad_files_are_named(tmp_path, capsys):
     assert command.main(["compare", str(tmp_path / "none"), str(tmp_path)]) == 2
     with pytest.raises(ResultsError):
         load(tmp_path / "none")
+
+
+# --- the command for ten minutes of a GPU --------------------------------------------------------
+
+
+def test_a_step_that_hangs_or_fails_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
+    commands = {
+        "build": ["sh", "-c", "echo built; exit 3"],
+        "verify": ["sleep", "60"],
+        "tests": ["sh", "-c", "exit 5"],
+        "sanitizer": [],
+        "suite": ["sh", "-c", "echo measured"],
+    }
+    monkeypatch.setattr(gpu, "_command", lambda name, *rest: (commands[name], "why"))
+    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+    started = time.perf_counter()
+    assert gpu.main(["--device", "cpu", "--budget", "6", "--out", str(tmp_path)]) == 1
+    assert time.perf_counter() - started < 8
+    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    outcomes = {step["name"]: step["outcome"] for step in steps}
+    assert outcomes == {
+        "build": "failed",
+        "verify": "out of time",
+        "tests": "passed",
+        "sanitizer": "left out",
+        "suite": "passed",
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert "built" in log
+    assert "measured" in log
+    assert "verify: out of time" in capsys.readouterr().out
+
+
+def test_every_step_has_a_command_on_both_devices(tmp_path):
+    for device in ("cpu", "cuda"):
+        for name in gpu.STEPS:
+            command, reason = gpu._command(name, device, tmp_path, 100.0)
+            assert command or reason
+    suite, _ = gpu._command("suite", "cuda", tmp_path, 100.0)
+    options = command_parser().parse_args(suite[3:])
+    assert (options.device, options.suite, options.time_budget) == ("cuda", "gpu", 85.0)
+
+
+# --- code generation -----------------------------------------------------------------------------
+
+
+def test_registers_bound_the_resident_threads():
+    assert [codegen.resident_threads(n) for n in (32, 33, 64, 128, 255)] == [
+        2048,
+        1632,
+        1024,
+        512,
+        256,
+    ]
+
+
+def test_codegen_report_names_failures():
+    where = {"operator": "layer_norm", "length": "64", "dtype": "bf16", "architecture": 90}
+    assert "| CompilationError: x |" in codegen.markdown(
+        [{**where, "failure": "CompilationError: x"}]
+    )

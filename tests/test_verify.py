@@ -231,6 +231,10 @@ def test_a_failing_device_ends_the_run_but_not_the_report(monkeypatch, tmp_path,
         raise torch.AcceleratorError("planted")
 
     broken = dataclasses.replace(testing.OPERATORS["rms_norm"], ours=lost)
+    case = next(case for case in broken.cases if case.name == "plain")
+    # An error that leaves the device as it was is the kernel's alone.
+    assert check(broken, "auto", FP32, case, "cpu").failures == ["AcceleratorError: planted"]
+    monkeypatch.setattr("fastseq.testing.check.device_works", lambda device: False)
     monkeypatch.setitem(testing.OPERATORS, "rms_norm", broken)
     path = tmp_path / "verify.json"
     arguments = ["--device", "cpu", "--quick", "--dtype", "fp32", "--backend", "auto"]

@@ -42,7 +42,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double 
   Dropout dropout;
   if (seed) dropout.seed = static_cast<const int64_t*>(seed->data_ptr());
   dropout.threshold = static_cast<uint32_t>(threshold);
-  dropout.scale = static_cast<float>(scale);
+  dropout.scale = scale;
   return dropout;
 }
 

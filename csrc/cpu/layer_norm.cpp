@@ -89,7 +89,7 @@ void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], in
   if (!args.rms) {
     row_sums<T>(x, n, [](int, V<T> v) { return v; }, total);
     for (int r = 0; r < Count; ++r) {
-      mean[r] = static_cast<T>(total[r] * per_element);
+      mean[r] = settled(static_cast<T>(total[r] * per_element));
       static_cast<T*>(args.mean.data)[row + r] = mean[r];
     }
   }
@@ -101,7 +101,7 @@ void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], in
       },
       total);
   for (int r = 0; r < Count; ++r) {
-    rstd[r] = static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps));
+    rstd[r] = settled(static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps)));
     static_cast<T*>(args.rstd.data)[row + r] = rstd[r];
   }
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
@@ -214,8 +214,8 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
     }
   }
   for (int r = 0; r < Count; ++r) {
-    step.mean_grad[r] = static_cast<T>(total_grad[r] / static_cast<double>(n));
-    step.mean_product[r] = static_cast<T>(total_product[r] / static_cast<double>(n));
+    step.mean_grad[r] = settled(static_cast<T>(total_grad[r] / static_cast<double>(n)));
+    step.mean_product[r] = settled(static_cast<T>(total_product[r] / static_cast<double>(n)));
   }
 }
 

@@ -22,8 +22,9 @@ inline int64_t element_size(DType dtype) {
 }
 
 inline char* row_of(const Rows& rows, int64_t row) {
-  const int64_t element =
-      (row / rows.inner) * rows.stride_outer + (row % rows.inner) * rows.stride_inner;
+  int64_t element = row * rows.stride_inner;
+  if (row >= rows.inner)  // two strides; a division is dear for a short row
+    element = (row / rows.inner) * rows.stride_outer + (row % rows.inner) * rows.stride_inner;
   return static_cast<char*>(rows.data) + element * element_size(rows.dtype);
 }
 
@@ -39,6 +40,14 @@ struct Ahead {
   // Into L2: L1 is full of the row at hand.
   void prefetch(int64_t i) const { __builtin_prefetch(data + i * size, 0, 2); }
 };
+
+// x, rounded to its type and no further: without this the compiler may fuse the product x was made
+// of into what x is used for, and do so for some rows and not for others.
+template <class T>
+inline T settled(T x) {
+  volatile T result = x;
+  return result;
+}
 
 // Calls f with a null pointer of the memory type; only the types a compute type can meet.
 template <class T, class F>

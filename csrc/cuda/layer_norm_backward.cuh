@@ -113,7 +113,8 @@ __device__ __forceinline__ void finish_row(const LayerNormBackward& problem,
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const bool kept = random::bits(key, begin + i) >= problem.dropout.threshold;
-        grad.values[c][i] = kept ? grad.values[c][i] * problem.dropout.scale : 0.0f;
+        grad.values[c][i] =
+            kept ? grad.values[c][i] * static_cast<float>(problem.dropout.scale) : 0.0f;
       }
     }
   }

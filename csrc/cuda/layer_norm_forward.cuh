@@ -23,7 +23,7 @@ __device__ __forceinline__ void add_residual(Fragment<kVector, kChunks>& x,
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const bool kept = random::bits(key, begin + i) >= dropout.threshold;
-        x.values[c][i] = kept ? x.values[c][i] * dropout.scale : 0.0f;
+        x.values[c][i] = kept ? x.values[c][i] * static_cast<float>(dropout.scale) : 0.0f;
       }
     }
   }

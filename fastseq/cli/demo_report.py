@@ -62,8 +62,8 @@ def print_results(results: list[Result]) -> None:
     _console.print(_measured_table(results))
     _console.print(
         "[dim]difference: the largest between the two losses at any step; allowed are 10 times "
-        "the yardstick's.\nstep: forward, backward and AdamW, the variants taking turns; medians "
-        "of times and of ratios.\n"
+        "the yardstick's.\nstep: forward, backward and AdamW, the variants taking turns; the "
+        "median time, and the median\nratio of neighbours, which a busy machine disturbs less.\n"
         "in swapped: the swapped modules run by themselves, forward and backward, all of a step.\n"
         "memory: the most that torch's allocator hands out within a step beyond what it holds "
         "before.[/dim]\n"

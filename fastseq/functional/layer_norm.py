@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import note
+from ..backends import current_backend, note
 from ..ops.layer_norm import LayerNormFunction, forward_op
 from ..random import draw_seed
 from ..reference import layer_norm as reference
@@ -179,12 +179,16 @@ def _norm(
         eps = _default_eps(input.dtype)
     output_dtype = torch.float32 if autocast_to_fp32(input) else input.dtype
     row_length = math.prod(shape)
+    records = records_gradient(input, weight, bias)
+    if not rms and _torch_is_quicker(input, records):
+        note(name, "torch", "so small that the call costs more than the kernel saves")
+        return torch.layer_norm(input, shape, weight, bias, eps)
     if row_length == 0 or is_transformed():
         note(name, "reference", "rows of length 0, torch.func or forward-mode AD")
         return reference.layer_norm(
             input, shape, weight, bias, eps, rms=rms, output_dtype=output_dtype
         )
-    if records_gradient(input, weight, bias):
+    if records:
         output: Tensor = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
             input,
             None,
@@ -203,6 +207,18 @@ def _norm(
     return forward_op(  # type: ignore[no-any-return]
         input, None, weight, bias, None, row_length, eps, rms, 0.0, output_dtype, input.dtype
     )[0]
+
+
+def _torch_is_quicker(input: Tensor, records: bool) -> bool:
+    """Whether torch's LayerNorm, C++ throughout, is done before ours has come through Python.
+
+    Measured on one core of an AVX-512 EPYC in fp32: ours is ahead from 50 thousand elements on
+    forward and from 150 thousand on with the backward; torch takes twice as long in 16 bits.
+    """
+    if not input.is_cpu or current_backend() != "auto" or torch.compiler.is_compiling():
+        return False
+    limit = 150_000 if records else 50_000
+    return input.numel() < (limit if input.element_size() >= 4 else limit // 4)
 
 
 def _add_norm(

@@ -1,4 +1,4 @@
-"""Drop-in modules: subclasses of ``torch.nn``'s with their constructor, state_dict and semantics."""
+"""Drop-in modules: ``torch.nn``'s subclassed, with their constructor, state_dict and semantics."""
 
 import torch
 

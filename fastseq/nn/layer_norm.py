@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
@@ -12,6 +13,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on fastseq's kernels; see :func:`fastseq.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -19,6 +22,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """:class:`torch.nn.RMSNorm` on fastseq's kernels; see :func:`fastseq.functional.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 

@@ -116,22 +116,29 @@ def _forward_by_extension(a: Forward) -> Tensors4:
 
 def _forward_by_torch(a: Forward) -> Tensors4:
     x = a.input if a.residual is None else (a.residual + a.input).to(a.residual_dtype)
-    rows = x.reshape(-1, a.row_length).to(a.output_dtype)
-    weight, bias = (None if p is None else p.to(a.output_dtype) for p in (a.weight, a.bias))
-    shape = [a.row_length]
+    rows = x.reshape(-1, a.row_length).to(torch.promote_types(x.dtype, a.output_dtype))
+    weight, bias, shape = _for_torch(a.weight, rows), _for_torch(a.bias, rows), [a.row_length]
     if a.rms:
-        output, rstd = torch.ops.aten._fused_rms_norm(rows, shape, _1d(weight), a.eps)
+        output, rstd = torch.ops.aten._fused_rms_norm(rows, shape, weight, a.eps)
         mean = rstd[:0]
     else:
-        output, mean, rstd = torch.native_layer_norm(rows, shape, _1d(weight), _1d(bias), a.eps)
+        output, mean, rstd = torch.native_layer_norm(rows, shape, weight, bias, a.eps)
     new_residual = x.contiguous() if a.residual is not None else x.new_empty(0)
     stats = compute_dtype(a.input.dtype)
     return (
-        output.view(a.input.shape),
+        output.view(a.input.shape).to(a.output_dtype),
         new_residual.to(a.residual_dtype),
         mean.to(stats).view(-1),
         rstd.to(stats).view(-1),
     )
+
+
+def _for_torch(parameter: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A parameter in a dtype that torch's op takes beside these rows."""
+    if parameter is None:
+        return None
+    mixed = rows.is_cpu and parameter.dtype == torch.float32 and rows.dtype != torch.float64
+    return _1d(parameter if mixed else parameter.to(rows.dtype))
 
 
 def _forward_by_reference(a: Forward) -> Tensors4:
@@ -264,19 +271,20 @@ def _without_rows(outputs: Tensors4) -> Tensors4:
 
 
 def _backward_by_torch(a: Backward) -> Tensors4:
-    dtype = a.grad_output.dtype
+    dtype = torch.promote_types(a.x.dtype, a.grad_output.dtype)
+    rows = a.x.reshape(-1, a.row_length).to(dtype)
+    weight, bias = _for_torch(a.weight, rows), _for_torch(a.bias, rows)
     # On the CPU torch keeps the statistics in the dtype of input and weight where these agree.
-    uniform = a.x.device.type == "cpu" and (a.weight is None or a.weight.dtype == dtype)
-    stats = dtype if uniform else a.mean.dtype
+    stats = dtype if rows.is_cpu and (weight is None or weight.dtype == dtype) else a.mean.dtype
     grads = torch.ops.aten.native_layer_norm_backward(
-        a.grad_output.reshape(-1, a.row_length),
-        a.x.reshape(-1, a.row_length).to(dtype),
+        a.grad_output.reshape(-1, a.row_length).to(dtype),
+        rows,
         [a.row_length],
         a.mean.view(-1, 1).to(stats),
         a.rstd.view(-1, 1).to(stats),
-        _1d(a.weight),
-        _1d(a.bias),
-        [True, a.weight is not None and a.wanted[2], a.bias is not None and a.wanted[3]],
+        weight,
+        bias,
+        [True, weight is not None and a.wanted[2], bias is not None and a.wanted[3]],
     )
     return _declared_gradients(a, *grads)
 

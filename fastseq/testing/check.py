@@ -78,7 +78,7 @@ def check(
 
     Returns:
         The outcome. A backend that cannot serve is no failure: ``skipped`` has its reason. A
-        kernel's exception is a failure, but for errors of the device itself, which pass through.
+        kernel's exception is a failure, unless the device is lost by it: then it passes through.
     """
     outcome = Outcome(operator.name, backend, dtype, case.name)
     if yardstick is None:
@@ -88,11 +88,19 @@ def check(
             _check(operator, backend, yardstick, outcome)
     except BackendError as error:
         outcome.skipped = str(error).split("cannot serve: ")[-1]
-    except torch.AcceleratorError:
-        raise
     except Exception as error:  # whatever a kernel throws is a finding, and others must follow
+        if isinstance(error, torch.AcceleratorError) and not device_works(device):
+            raise
         outcome.failures.append(f"{type(error).__name__}: {error}")
     return outcome
+
+
+def device_works(device: torch.device | str) -> bool:
+    """Whether the device still computes: after an illegal access it does not, in this process."""
+    try:
+        return float(torch.ones(2, device=device).sum()) == 2.0
+    except torch.AcceleratorError:
+        return False
 
 
 def _check(operator: Operator, backend: str, yardstick: Yardstick, outcome: Outcome) -> None:

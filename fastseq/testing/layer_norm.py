@@ -51,7 +51,7 @@ def make(
     shape = (*leading, *normalized)
 
     def tensor(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype).to(device)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     def laid_out() -> Tensor:
         if layout == "sliced":
@@ -76,7 +76,7 @@ def make(
         arguments["residual"] = laid_out().to(torch.float32 if wide else dtype)
     for name in parameters:
         centre = 1.0 if name == "weight" else 0.0
-        parameter = (centre + 0.5 * torch.randn(*normalized, generator=generator)).to(device)
+        parameter = centre + 0.5 * torch.randn(*normalized, generator=generator, device=device)
         is_given = given is None or name in given
         arguments[name] = parameter.to(parameter_dtype or dtype) if is_given else None
     grad_outputs = {name: laid_out() for name in outputs}

@@ -59,12 +59,12 @@ class Problem:
 
     def perturbed(self) -> Problem:
         """The same problem with every floating number moved by up to an ulp, up or down."""
-        generator = torch.Generator().manual_seed(1)
 
         def move(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or not tensor.is_floating_point():
                 return tensor
-            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            generator = torch.Generator(tensor.device).manual_seed(1 + tensor.numel())
+            noise = torch.rand(tensor.shape, generator=generator, device=tensor.device) * 2 - 1
             return tensor * (1 + torch.finfo(tensor.dtype).eps * noise.to(tensor))
 
         return replace(
@@ -137,8 +137,11 @@ def make_problem(
     device: torch.device | str,
     seed: int = 0,
 ) -> Problem:
-    """The operator's problem of these sizes; the same numbers for the same seed, on any device."""
-    generator = torch.Generator().manual_seed(seed)
+    """The operator's problem of these sizes; the same numbers for the same seed on a device.
+
+    They are drawn on the device: a GPU's gigabytes would take the host's generator seconds.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     return operator.make(dtype, torch.device(device), generator, **sizes)
 
 

@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` and `make test`. Each makes .venv first if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Pinned, and torch before all: an open range would take gigabytes of CUDA packages on a machine
+# without a GPU, and so would a build in isolation, hence --no-build-isolation.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test test-all bench verify gpu lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/python -m fastseq demo
+
+test: $(VENV)/built lint
+	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+test-all: $(VENV)/built lint
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks --suite cpu
+
+verify: $(VENV)/built
+	$(BIN)/python -m fastseq verify
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+$(VENV)/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q $(TRITON) -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so

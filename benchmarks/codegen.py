@@ -1,0 +1,155 @@
+"""``python -m benchmarks.codegen``: what every Triton kernel compiles to, without a GPU.
+
+Each operator of the registry is called, forward and backward, with the row lengths of the GPU suite
+while a stand-in driver names the architecture: the kernels a GPU would get are compiled, at the
+launch configuration it would get, and their machine code is read (see ``benchmarks/_ptx.py``).
+Written as Markdown and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.console import Console
+from rich.progress import track
+
+import fastseq
+from fastseq.testing import make_problem, run
+
+from .ops import FAMILIES, benchmarks_of
+from .registry import DTYPES, Benchmark, Sizes
+
+#: Threads and 32-bit registers of a multiprocessor, alike on sm_80, sm_90 and sm_100.
+_THREADS, _REGISTERS = 2048, 65536
+#: Tiles and configurations depend on row lengths and dtypes; more rows would only take memory.
+_ROWS = 300
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, read, report; 1 when a kernel spills or cannot be compiled."""
+    options = _parser().parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("codegen: TRITON_INTERPRET=1 is set; unset it", file=sys.stderr)
+        return 2
+    work = [
+        (architecture, benchmark, sizes, dtype)
+        for benchmark in benchmarks_of(options.families or FAMILIES)
+        for sizes in _lengths(benchmark)
+        for dtype in options.dtype.split(",")
+        for architecture in options.arch
+    ]
+    entries: list[dict[str, Any]] = []
+    for architecture, benchmark, sizes, dtype in track(
+        work, "compiling", console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ):
+        entries += _entries(architecture, benchmark, sizes, dtype)
+    failed = [e for e in entries if e.get("failure") or e.get("local_bytes")]
+    text = markdown(entries)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "codegen.md").write_text(text + "\n")
+        report = {"triton": triton.__version__, "kernels": entries}
+        (options.out / "codegen.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{len(entries)} kernels, {len(failed)} that spill or do not compile")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="family")
+    parser.add_argument("--dtype", default="fp32,bf16")
+    parser.add_argument(
+        "--arch",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[80, 90, 100],
+        help="80,90,100",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write codegen.md and .json here")
+    return parser
+
+
+def _lengths(benchmark: Benchmark) -> list[Sizes]:
+    """The GPU suite's sizes with few rows, each row length once."""
+    lengths = dict.fromkeys(sizes["normalized"] for sizes in benchmark.sizes_of("gpu", "cuda"))
+    return [{"leading": (_ROWS,), "normalized": length} for length in lengths]
+
+
+def _entries(
+    architecture: int, benchmark: Benchmark, sizes: Sizes, dtype: str
+) -> list[dict[str, Any]]:
+    from ._ptx import measure  # imports Triton's compiler: --help need not
+
+    operator = benchmark.operator
+    problem = make_problem(operator, sizes, DTYPES[dtype], "cpu")
+    where = {
+        "operator": operator.name,
+        "length": "x".join(map(str, sizes["normalized"])),
+        "dtype": dtype,
+        "architecture": architecture,
+    }
+    try:
+        with _triton_on_cpu_tensors():
+            kernels = measure(lambda: run(operator.ours, problem) and None, architecture)
+    except Exception as error:  # one kernel that does not compile must not hide the others
+        return [{**where, "failure": f"{type(error).__name__}: {error}".splitlines()[0]}]
+    return [{**where, **asdict(usage)} for usage in kernels]
+
+
+@contextmanager
+def _triton_on_cpu_tensors() -> Iterator[None]:
+    """Let the ops hand CPU tensors to Triton launchers, as they do under the interpreter."""
+    backends = importlib.import_module("fastseq.backends")
+    before = backends._INTERPRETED
+    backends._INTERPRETED = True
+    try:
+        with fastseq.use_backend("triton"):
+            yield
+    finally:
+        backends._INTERPRETED = before
+
+
+def resident_threads(registers: int) -> int:
+    """Threads of a multiprocessor that registers leave room for: allocated by 8 a thread."""
+    return min(_THREADS, _REGISTERS // (-(-registers // 8) * 8) // 32 * 32)
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """A line a kernel: registers, the threads they leave room for, spills, memory accesses."""
+    lines = [
+        "| operator | row | dtype | sm | kernel | registers | threads/SM | spilled B | shared B "
+        "| instructions | 16-byte loads | 16-byte stores |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in entries:
+        start = [entry[name] for name in ("operator", "length", "dtype", "architecture")]
+        if "failure" in entry:
+            cells = [*start, entry["failure"], *[""] * 7]
+        else:
+            cells = [
+                *start,
+                entry["kernel"],
+                entry["registers"],
+                resident_threads(entry["registers"]),
+                entry["local_bytes"],
+                entry["shared_bytes"],
+                entry["instructions"],
+                f"{entry['wide_loads']} of {entry['loads']}",
+                f"{entry['wide_stores']} of {entry['stores']}",
+            ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
