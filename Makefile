@@ -26,6 +26,11 @@ bench: $(VENV)/built
 verify: $(VENV)/built
 	$(BIN)/python -m fastseq verify
 
+# On a machine with a GPU and no network: its own Python, torch, triton and nvcc; results into OUT.
+OUT ?= benchmarks/results/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Builds ``fastseq._C``: one stable-ABI extension with C++ kernels and, where nvcc is found, CUDA ones.
+"""Builds ``fastseq._C``: one stable-ABI extension with C++ kernels and, given nvcc, CUDA ones.
 
 The same file serves CPU-only and CUDA builds of torch from 2.10 on and Python from 3.10 on. nvcc is
 called directly, because torch's own CUDAExtension refuses under a CPU build of torch.
@@ -63,7 +63,8 @@ class BuildExtension(build_ext):
             ]
 
         commands = [[*host, *binding_flags, "-c", "csrc/bindings.cpp"]]
-        commands += [[*host, "-c", f"csrc/cpu/{name}.cpp"] for name in ("scratch", "instruction_set")]
+        for name in ("scratch", "instruction_set"):
+            commands.append([*host, "-c", f"csrc/cpu/{name}.cpp"])
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [
@@ -93,8 +94,8 @@ class BuildExtension(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # nvcc links where it compiled: it knows its own toolkit. libtorch must stay a dependency even
-        # though nothing of it is named: a CUDA build's libtorch brings the weak CUDA symbols along.
+        # nvcc links where it compiled: it knows its own toolkit. libtorch must stay a dependency
+        # though nothing of it is named: a CUDA build's brings the weak CUDA symbols along.
         if NVCC:
             link = [NVCC, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
         else:
@@ -105,7 +106,7 @@ class BuildExtension(build_ext):
     def run_tool(self, command):
         if self.verbose:
             print(" ".join(command))
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(f"fastseq: build failed\n{' '.join(command)}\n{result.stderr}")
         print(result.stderr, end="", file=sys.stderr)

@@ -48,7 +48,7 @@ class Usage:
 
 
 class _Driver:
-    """As much of a driver as compiling asks for. The architecture is the device's number as well, so
+    """As much of a driver as compiling asks for. The architecture is the device's number too, so
     that a kernel's cache per device keeps them apart."""
 
     def __init__(self, architecture: int) -> None:

@@ -68,8 +68,8 @@ _record: list[Decision] | None = None
 class use_backend:  # noqa: N801 - reads as a function, like torch.set_grad_enabled
     """Force one backend for every op of the process, or return to ``"auto"``.
 
-    As a call it lasts until the next one; as a context manager until the block ends. It also governs
-    backward passes that run inside. A backend that cannot serve a call raises
+    As a call it lasts until the next one; as a context manager until the block ends. It also
+    governs backward passes that run inside. A backend that cannot serve a call raises
     :class:`BackendError` with the reason, never something else in its place.
 
     Args:
@@ -190,7 +190,7 @@ def _capability_rejects(tensor: torch.Tensor) -> str | None:
 
 
 def backends() -> dict[str, str]:
-    """What can run on this machine: for each backend ``"available"`` (with detail) or the reason not.
+    """What can run on this machine: each backend with ``"available"`` or the reason why not.
 
     Example:
         >>> import fastseq

@@ -2,8 +2,8 @@
 
 ``bits(seed, row, column)`` is a pure function of the logical position, so a mask depends neither on
 tile shapes nor on how a batch was split, and a backward pass draws it again instead of storing it.
-The same function stands in ``csrc/math/random.h`` and ``kernels/common.py``; tests compare all three
-bit by bit.
+The same function stands in ``csrc/math/random.h`` and ``kernels/common.py``; tests compare all
+three bit by bit.
 """
 
 from __future__ import annotations

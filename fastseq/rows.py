@@ -9,10 +9,10 @@ def as_rows(tensor: Tensor, row_length: int) -> Tensor:
     """The tensor as ``[outer, inner, row_length]`` rows that are contiguous each, sharing memory.
 
     A contiguous tensor is returned as it is (a launcher reads it as ``numel / row_length`` rows).
-    Otherwise the trailing dimensions that make up a row must be contiguous and the leading ones must
-    fold into two strides: sliced, transposed ``[T, B, H]``, and expanded (stride 0) inputs do. A
-    gradient that is the same everywhere (``y.sum().backward()``) costs one row. What else comes is
-    copied.
+    Otherwise the trailing dimensions that make up a row must be contiguous and the leading ones
+    must fold into two strides: sliced, transposed ``[T, B, H]`` and expanded (stride 0) inputs do.
+    A gradient that is the same everywhere (``y.sum().backward()``) costs one row. What else comes
+    is copied.
     """
     if tensor.is_contiguous():
         return tensor

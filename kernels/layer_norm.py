@@ -119,12 +119,12 @@ def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit
     # threads * registers * programs <= 65536. 8 elements a thread while that fills the SM with warps;
     # 16 from 4096 on, where a program has 8 or 16 warps for one row and each tile costs two barriers.
     if split:
-        block_n, num_warps, registers, programs = min(limit, 2048), 8, 128, 2
+        block_n, num_warps, registers, programs = min(limit, 4096), 16, 128, 1
     elif block_n <= 256:
         num_warps, registers, programs = 4, None, 4
     elif block_n <= 2048:
-        num_warps, registers, programs = 8, 80, 3
-    elif block_n <= 4096:
+        num_warps, registers, programs = (8, 80, 3) if architecture < 100 else (8, 128, 2)
+    elif block_n <= 4096 and architecture < 100:
         num_warps, registers, programs = 8, 128, 2
     else:
         num_warps, registers, programs = 16, 128, 1
@@ -655,7 +655,7 @@ def backward_split_kernel(
                 weight_sum = _load(scratch, weight_row, column, seen, PARTIAL_VECTOR)
             if GRAD_BIAS:
                 bias_sum = _load(scratch, bias_row, column, seen, PARTIAL_VECTOR)
-            for number in range(first, last):
+            for number in tl.range(first, last, num_stages=NUM_STAGES):
                 row, row_exists = _rows(number, rows, BLOCK_M)
                 grad, normalised, scaling = _gradient(
                     grad_output,

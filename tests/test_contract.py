@@ -26,7 +26,9 @@ def quick(operator: Operator, dtype: torch.dtype = torch.float32) -> list[Proble
     return [
         make_problem(operator, case.sizes, dtype, CPU)
         for case in operator.cases
-        if case.quick and case.tiny and dtype in case.dtypes
+        if case.quick
+        and case.tiny
+        and dtype in case.dtypes
         and case.sizes.get("values") != "special"  # opcheck takes NaN and NaN for different
     ]
 
@@ -43,7 +45,7 @@ class Recorder:
         calls = self.calls
 
         class Listen(TorchDispatchMode):
-            def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
                 if op.namespace == "fastseq":
                     plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
                     calls.append((op.name().removeprefix("fastseq::"), plain))
@@ -55,7 +57,7 @@ class Recorder:
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_opcheck(name: str, backend: str) -> None:
-    """Schema, fake and dynamic-shape agreement of the ops behind an operator, on all its layouts."""
+    """Schema, fake and dynamic-shape agreement of the ops behind an operator."""
     recorder = Recorder()
     with fastseq.use_backend(backend):
         for problem in quick(OPERATORS[name]):
@@ -183,7 +185,7 @@ def test_forced_backend_that_cannot_says_why() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="unknown backend 'tritn'.*reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'.*reference"):
         fastseq.use_backend("tritn")
     assert fastseq.current_backend() == "auto"
 
@@ -196,7 +198,11 @@ def test_environment_variable() -> None:
 
         environment = {**os.environ, "FASTSEQ_BACKEND": value}
         return subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     assert start("reference").stdout == "reference\n"
@@ -217,9 +223,7 @@ y, r = fastseq.functional.add_layer_norm(x, x, (64,), dropout_p=0.5)
 """
     import os
 
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FASTSEQ_CPP": "0"}, check=True
-    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTSEQ_CPP": "0"}, check=True)
 
 
 def test_explain_names_backend_and_reasons() -> None:

@@ -1,4 +1,4 @@
-"""The public functions: ``torch.nn.functional``'s names and signatures, and the fused ones it lacks."""
+"""The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 

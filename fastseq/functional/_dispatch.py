@@ -13,8 +13,8 @@ def is_foreign(*tensors: Tensor | None) -> bool:
     """Whether torch's own function must take the call.
 
     So it is for tensor subclasses and modes that override torch functions (DTensor, nested and
-    masked tensors, user classes), for layouts other than dense, for complex numbers and 8-bit floats,
-    and while ``torch.jit.trace`` records a graph that has to run without fastseq.
+    masked tensors, user classes), for layouts other than dense, for complex numbers and 8-bit
+    floats, and while ``torch.jit.trace`` records a graph that has to run without fastseq.
     """
     for tensor in tensors:
         if tensor is None:
@@ -25,7 +25,7 @@ def is_foreign(*tensors: Tensor | None) -> bool:
             return True
         if tensor.dtype not in FLOATING and (tensor.is_complex() or tensor.is_floating_point()):
             return True
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

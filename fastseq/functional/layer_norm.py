@@ -39,7 +39,7 @@ def layer_norm(
         and arithmetic are fp32, or fp64 for fp64 input.
 
     Raises:
-        RuntimeError: ``normalized_shape`` does not match the input, or a parameter does not match it.
+        RuntimeError: ``normalized_shape`` does not match the input, or a parameter that shape.
         NotImplementedError: the input is not floating point.
 
     Source: Ba, Kiros & Hinton, "Layer Normalization", 2016, eq. 3-4.
@@ -112,12 +112,12 @@ def add_layer_norm(
             it is too where the residual that comes in is fp32.
 
     Returns:
-        ``(output, new_residual)``, both differentiable. ``output`` has the input's dtype (fp32 under
-        CUDA autocast).
+        ``(output, new_residual)``, both differentiable. ``output`` has the input's dtype (fp32
+        under CUDA autocast).
 
     Raises:
         ValueError: ``dropout_p`` outside [0, 1].
-        RuntimeError: the residual's shape, device or dtype does not fit; else as :func:`layer_norm`.
+        RuntimeError: the residual's shape, device or dtype does not fit; as :func:`layer_norm`.
     """
     return _add_norm(
         "add_layer_norm",

@@ -10,19 +10,19 @@ from .. import functional
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm` on fastseq's kernels; see :func:`fastseq.functional.layer_norm`."""
+    """:class:`torch.nn.LayerNorm` on our kernels; see :func:`fastseq.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm` on fastseq's kernels; see :func:`fastseq.functional.rms_norm`."""
+    """:class:`torch.nn.RMSNorm` on our kernels; see :func:`fastseq.functional.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
@@ -59,7 +59,9 @@ class AddLayerNorm(torch.nn.LayerNorm):
         self.dropout = dropout
         self.residual_in_fp32 = residual_in_fp32
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return functional.add_layer_norm(
             input,
             residual,
@@ -97,7 +99,9 @@ class AddRMSNorm(torch.nn.RMSNorm):
         self.dropout = dropout
         self.residual_in_fp32 = residual_in_fp32
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return functional.add_rms_norm(
             input,
             residual,

@@ -179,7 +179,7 @@ _BACKWARD = """_layer_norm_bwd(
 
 
 class Backward(NamedTuple):
-    """The arguments of the backward op. ``x`` is the input, or the new residual where there is one."""
+    """The arguments of the backward op; ``x`` is the input, or the new residual if there is one."""
 
     grad_output: Tensor
     grad_new_residual: Tensor | None

@@ -1,4 +1,4 @@
-"""LayerNorm (Ba et al. 2016, eq. 3-4), RMSNorm (Zhang & Sennrich 2019, eq. 4) and their AddNorm forms.
+"""LayerNorm (Ba et al. 2016, eq. 3-4), RMSNorm (Zhang & Sennrich 2019, eq. 4), and AddNorm.
 
 All arithmetic is fp32, or fp64 for fp64 input; only inputs and results are rounded to their dtype.
 """
