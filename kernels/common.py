@@ -134,9 +134,7 @@ def kernel(function: Callable[..., None]) -> Any:
         for name, parameter in signature(function).parameters.items()
         if "constexpr" not in str(parameter.annotation)
     ]
-    return triton.jit(
-        function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime
-    )
+    return triton.jit(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)
 
 
 # --- device --------------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ struct Step {
 template <class T, class M, int Count, bool Centred>
 void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bias_sum, int64_t n,
                  const Ahead (&ahead)[Count]) {
+  const double per_element = 1.0 / static_cast<double>(n);
   double total_grad[Count] = {}, total_product[Count] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -214,8 +215,8 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
     }
   }
   for (int r = 0; r < Count; ++r) {
-    step.mean_grad[r] = settled(static_cast<T>(total_grad[r] / static_cast<double>(n)));
-    step.mean_product[r] = settled(static_cast<T>(total_product[r] / static_cast<double>(n)));
+    step.mean_grad[r] = settled(static_cast<T>(total_grad[r] * per_element));
+    step.mean_product[r] = settled(static_cast<T>(total_product[r] * per_element));
   }
 }
 

@@ -54,8 +54,8 @@ class Task:
 
 
 CPU_TASKS = (
-    Task("CharGPT", lambda size: CharGPT(size, 64, 3, 4, 48), 16, 48, 6e-3),
-    Task("RecurrentLM", lambda size: RecurrentLM(size, 128, 2), 16, 64, 4e-3),
+    Task("CharGPT", lambda size: CharGPT(size, 128, 2, 4, 80), 32, 80, 4e-3),
+    Task("RecurrentLM", lambda size: RecurrentLM(size, 128, 2), 24, 64, 4e-3),
 )
 GPU_TASKS = (
     Task("CharGPT", lambda size: CharGPT(size, 768, 12, 12, 512), 32, 512, 4e-4),

@@ -1,0 +1,131 @@
+// Exponential, logarithm and maximum of vectors. Included by files that are compiled once per
+// instruction set; see vec.h for what that forbids.
+#pragma once
+
+#include "vec.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+// The larger of each lane; x where either is NaN.
+inline F32x maximum(F32x bound, F32x x) {
+#if defined(__AVX512F__)
+  return bit_cast<F32x>(_mm512_max_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<F32x>(_mm256_max_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+#else
+  return bound > x ? bound : x;
+#endif
+}
+inline F64x maximum(F64x bound, F64x x) { return bound > x ? bound : x; }
+
+// The smaller of each lane; x where either is NaN.
+inline F32x minimum(F32x bound, F32x x) {
+#if defined(__AVX512F__)
+  return bit_cast<F32x>(_mm512_min_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<F32x>(_mm256_min_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+#else
+  return bound < x ? bound : x;
+#endif
+}
+inline F64x minimum(F64x bound, F64x x) { return bound < x ? bound : x; }
+
+template <class T, int Bytes>
+struct HalvingMaximum {
+  typedef T Whole __attribute__((vector_size(Bytes)));
+  typedef T Half __attribute__((vector_size(Bytes / 2)));
+  static T of(Whole v) {
+    Half half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return HalvingMaximum<T, Bytes / 2>::of(half[0] > half[1] ? half[0] : half[1]);
+  }
+};
+template <class T>
+struct HalvingMaximum<T, sizeof(T)> {
+  typedef T Whole __attribute__((vector_size(sizeof(T))));
+  static T of(Whole v) { return v[0]; }
+};
+
+// The maximum of all lanes. With a NaN among them it is any of them.
+template <class T>
+inline T horizontal_maximum(typename Simd<T>::V v) {
+  return HalvingMaximum<T, FASTSEQ_VECTOR_BYTES>::of(v);
+}
+
+// e^x by e^x = 2^n * e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where
+// e^r = 1 + r + r^2 q(r). Adding 1.5 * 2^23 rounds x / ln 2 to n and leaves n in the low bits. ln 2 is
+// taken off in two parts, the first of so few digits that n times it is exact.
+//
+// Within 1 ulp (tests/test_softmax.py goes through every float of a binade). Below e^-87.3, the
+// smallest normal number, it is 0; -Inf gives 0, +Inf gives +Inf, NaN gives NaN.
+inline F32x exp(F32x x) {
+  const float magic = 0x1.8p23f;
+  // Past these bounds the result is 0 or Inf whatever x.
+  x = minimum(splat(89.0f), maximum(splat(-104.0f), x));
+  const F32x shifted = x * 0x1.715476p0f + magic;
+  const F32x n = shifted - magic;
+  const F32x r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  // Chebyshev's fit of (e^r - 1 - r) / r^2: 7e-8 off at most, of a term that is below 0.12.
+  F32x q = r * 0x1.6d1606p-10f + 0x1.12106cp-7f;
+  q = q * r + 0x1.555516p-5f;
+  q = q * r + 0x1.5554d8p-3f;
+  q = q * r + 0.5f;
+  const F32x power = (q * r + 1.0f) * r + 1.0f;
+#if defined(__AVX512F__)
+  const F32x result =
+      bit_cast<F32x>(_mm512_scalef_ps(bit_cast<__m512>(power), bit_cast<__m512>(n)));
+  return bit_cast<F32x>(
+      _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(-87.3f), _CMP_NLT_UQ),
+                          bit_cast<__m512>(result)));
+#else
+  const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
+  return x < -87.3f ? F32x{} : power * scale;
+#endif
+}
+
+// As for floats, with the Taylor series to the 13th power: 4e-18 off at most. 0 below 1e-307.
+inline F64x exp(F64x x) {
+  typedef uint64_t U64x __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  const double magic = 0x1.8p52;
+  x = minimum(splat(710.0), maximum(splat(-746.0), x));
+  const F64x shifted = x * 0x1.71547652b82fep0 + magic;
+  const F64x n = shifted - magic;
+  const F64x r = (x - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+  F64x power = splat(1.0 / 6227020800.0);
+  const double coefficients[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                 1.0 / 362880.0,    1.0 / 40320.0,    1.0 / 5040.0,
+                                 1.0 / 720.0,       1.0 / 120.0,      1.0 / 24.0,
+                                 1.0 / 6.0,         0.5,              1.0,
+                                 1.0};
+  for (const double coefficient : coefficients) power = power * r + coefficient;
+  const F64x scale = bit_cast<F64x>((bit_cast<U64x>(shifted) << 52) + 0x3ff0000000000000u);
+  return x < -706.0 ? F64x{} : power * scale;
+}
+
+// log(x) of normal x > 0 (NaN of NaN), as e * ln 2 + log(m) with m between sqrt(1/2) and sqrt(2):
+// log(m) = 2 (f + f^3/3 + f^5/5 + ...) with f = (m - 1) / (m + 1), |f| <= 0.172. Made for the sums of
+// log_softmax, which are not below 1.
+template <class T>
+inline typename Simd<T>::V log(typename Simd<T>::V x) {
+  using V = typename Simd<T>::V;
+  using Integers = typename Simd<T>::Mask;
+  constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // the next is below 1e-9, 1e-18 of the first
+  using Integer = decltype(Integers{}[0] + 0);
+  // sqrt(1/2): what is below it in the mantissa belongs to the exponent before.
+  constexpr Integer root = sizeof(T) == 4 ? Integer(0x3f3504f3) : Integer(0x3fe6a09e667f3bcd);
+  const Integers bits = bit_cast<Integers>(x) - root;
+  const Integers exponent = bits >> mantissa;
+  const V m = bit_cast<V>(bit_cast<Integers>(x) - (exponent << mantissa));
+  const V e = __builtin_convertvector(exponent, V);
+  const V f = (m - T(1)) / (m + T(1));
+  const V square = f * f;
+  V series = splat(T(1) / T(2 * terms - 1));
+  for (int k = terms - 2; k >= 0; --k) series = series * square + T(1) / T(2 * k + 1);
+  const V result = e * T(0.69314718055994530942) + T(2) * f * series;
+  return x == x ? result : x;
+}
+
+}  // namespace
+}  // namespace fastseq::FASTSEQ_ISA
