@@ -1,4 +1,4 @@
-"""What every kernel family shares: rows and their strides, vector width, random bits, the device."""
+"""What every kernel family shares: rows and strides, vector width, random bits, the device."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _cuda_device(index: int) -> Device:
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-#: What kernels on CPU tensors are shaped for: those of the interpreter, which get few programs so that
-#: each has several tiles to loop over.
+#: What kernels on CPU tensors are shaped for: those of the interpreter, which get few programs so
+#: that each has several tiles to loop over.
 CPU_DEVICE = Device(architecture=90, multiprocessors=1)
 
 
@@ -88,7 +88,7 @@ _ABSENT = RowStrides(None, None, 0)
 
 
 def row_strides(tensor: Tensor | None, row_length: int) -> RowStrides:
-    """The strides of a contiguous tensor of any shape, or of a view ``[outer, inner, row_length]``."""
+    """The strides of a contiguous tensor, or of a view ``[outer, inner, row_length]``."""
     if tensor is None:
         return _ABSENT
     if tensor.is_contiguous():
@@ -124,10 +124,10 @@ def vector_width(row_length: int, strides: tuple[RowStrides, ...], *tensors: Ten
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """``triton.jit`` for what is launched: arguments are specialised on their type, never their value.
+    """``triton.jit`` for what is launched: specialised on its arguments' types, never their values.
 
-    Alignment is promised by a ``VECTOR`` instead (:func:`vector_width`). Compiled once for 1, 16 and
-    17 rows, a kernel sums a row in the same order whatever the number of rows.
+    Alignment is promised by a ``VECTOR`` instead (:func:`vector_width`). Compiled once for 1, 16
+    and 17 rows, a kernel sums a row in the same order whatever the number of rows.
     """
     runtime = [
         name

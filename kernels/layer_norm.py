@@ -15,10 +15,11 @@ Backward, with ``n = (x - mean) * rstd`` and ``g = grad_output * weight``::
     grad_bias   = sum over rows of grad_output
 
 Why fuse. A row is touched a dozen times by that arithmetic, but it need cross the memory bus once:
-some 10 instructions an element forward and 25 backward, where an H200 could issue 27 and 40 (132 SMs
-* 128 lanes * 1.7 GHz) in the time its memory takes to deliver bf16 elements and take the result. So
-the time is the traffic, and everything below serves to touch memory once, in 16-byte accesses, with
-enough of them under way: 4.3 TB/s * 0.75 us of latency / 132 SMs = 25 KB in flight on every SM.
+some 10 instructions an element forward and 25 backward, where an H200 could issue 27 and 40 (132
+SMs * 128 lanes * 1.7 GHz) in the time its memory takes to deliver bf16 elements and take the
+result. So the time is the traffic, and everything below serves to touch memory once, in 16-byte
+accesses, with enough of them under way: 4.3 TB/s * 0.75 us of latency / 132 SMs = 25 KB in flight
+on every SM.
 
 Least traffic and time for 8192 rows of 4096 in bf16, at the datasheet's 4.8 TB/s (at the 4.3 TB/s a
 copy attains)::
@@ -29,9 +30,10 @@ copy attains)::
     backward with residual    read grad_new_residual too                    268 MB   56 us (62)
 
 Four kernels do this, by the direction and by whether a row fits the registers of one program. What
-does not fit is *split*: statistics in a first sweep over the row, the result in a second, which finds
-most of the row in L2 still. No atomics anywhere, and the shape of a tile depends on the row length and
-dtypes alone: results are bitwise reproducible, and a row's do not depend on the rows around it.
+does not fit is *split*: statistics in a first sweep over the row, the result in a second, which
+finds most of the row in L2 still. No atomics anywhere, and the shape of a tile depends on the row
+length and dtypes alone: results are bitwise reproducible, and a row's do not depend on the rows
+around it.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ from .common import (
 # --- launch configurations -----------------------------------------------------------------------
 
 
-#: Rows up to so many bytes stay in registers forward: 16 or 32 elements a thread for 1024 threads of 64
-#: registers, the most an SM has for one program.
+#: Rows up to so many bytes stay in registers forward: 16 or 32 elements a thread for 1024 threads
+#: of 64 registers, the most an SM has for one program.
 FORWARD_LIMIT = 65536
 
 #: Rows up to so many elements do backward: 16 a thread for 512 threads of 128 registers, where x,
@@ -93,7 +95,7 @@ class Launch:
 
 @cache
 def forward_launch(row_length: int, element_size: int, limit: int) -> Launch:
-    """The launch of the forward; ``element_size`` is the wider of input and new residual in bytes."""
+    """``element_size`` is the wider of input and new residual in bytes."""
     block_n = max(8, next_power_of_2(row_length))
     row_bytes = block_n * element_size
     if row_length * element_size > limit:
@@ -115,12 +117,12 @@ def forward_launch(row_length: int, element_size: int, limit: int) -> Launch:
 
 @cache
 def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit: int) -> Launch:
-    """The launch of the backward; ``stream_bytes`` is what is read for one element of a row."""
+    """``stream_bytes`` is what is read for one element of a row."""
     block_n = max(8, next_power_of_2(row_length))
     split = row_length > limit
-    # A program lives as long as the grid, so all of them must fit the SM at once: threads * registers
-    # * programs <= 65536. 8 elements a thread while that fills the SM with warps; 16 from 4096 on,
-    # where 8 or 16 warps share one row and every tile costs two barriers.
+    # A program lives as long as the grid, so all of them must fit the SM at once: threads *
+    # registers * programs <= 65536. 8 elements a thread while that fills the SM with warps; 16 from
+    # 4096 on, where 8 or 16 warps share one row and every tile costs two barriers.
     if split:
         block_n, num_warps, registers, programs = min(limit, 4096), 16, None, 1
     elif block_n <= 256:
@@ -133,8 +135,8 @@ def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit
     else:
         num_warps, registers, programs = 16, None, 1  # 512 threads: 128 registers at most anyhow
     block_m = 1 if split else max(1, 256 * num_warps // block_n)
-    # Two tiles ahead keep 16 to 64 KB under way on an SM all the time; chips with less shared memory
-    # (fp32 rows of 8192 with a residual on an A100) go with one or none.
+    # Two tiles ahead keep 16 to 64 KB under way on an SM all the time; chips with less shared
+    # memory (fp32 rows of 8192 with a residual on an A100) go with one or none.
     tiles = (shared_memory_limit(architecture) // programs - 4096) // (
         block_m * block_n * stream_bytes
     )
@@ -144,9 +146,8 @@ def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit
 
 # --- kernels -------------------------------------------------------------------------------------
 
-# A kernel's argument list set one name to a line would be longer than the kernel. The two kernels of a
-# direction share theirs, so that the launcher calls either.
-# fmt: off
+# A kernel's argument list set one name to a line would be longer than the kernel. The two kernels
+# of a direction share theirs, so that the launcher calls either. fmt: off
 
 #: Partial rows are fp32 and begin on 128 bytes.
 PARTIAL_VECTOR = tl.constexpr(4)
@@ -182,16 +183,27 @@ def _rows(tile, rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _parameter(pointer, column, mask, VECTOR: tl.constexpr):
-    """Weight or bias as ``[1, BLOCK_N]``: a row, so that it comes in the layout of the tile's rows."""
+    """Weight or bias as a row ``[1, BLOCK_N]``, so that it comes in the layout of a tile's rows."""
     return _load(pointer, tl.zeros([1], tl.int64), column, mask, VECTOR)
 
 
 @triton.jit
 def _form_x(
-    input, residual, seed, new_residual, input_start, residual_start, new_start, row, column,
-    mask, threshold, scale, VECTOR: tl.constexpr,
+    input,
+    residual,
+    seed,
+    new_residual,
+    input_start,
+    residual_start,
+    new_start,
+    row,
+    column,
+    mask,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
 ):
-    """The tile that is normalised, in fp32: with a residual, rounded as ``new_residual`` stores it."""
+    """The tile to normalise in fp32: with a residual, rounded as ``new_residual`` stores it."""
     x = _load(input, input_start, column, mask, VECTOR)
     if residual is not None:
         stream = _load(residual, residual_start, column, mask, VECTOR)
@@ -217,16 +229,36 @@ def _write_output(
 
 @kernel
 def forward_kernel(
-    input, residual, weight, bias, seed, output, new_residual, mean, rstd, input_inner,
-    input_outer_stride, input_stride, residual_inner, residual_outer_stride, residual_stride,
-    rows, row_length, eps, threshold, scale, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    input,
+    residual,
+    weight,
+    bias,
+    seed,
+    output,
+    new_residual,
+    mean,
+    rstd,
+    input_inner,
+    input_outer_stride,
+    input_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    rows,
+    row_length,
+    eps,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Rows that fit: ``[BLOCK_M, BLOCK_N]`` of them in registers from their one read to the write.
 
     Moves each tensor once: ``rows * row_length * (read + written bytes of an element)``. Weight and
-    bias come from L1 or L2 for every program; two reductions over the row, within a warp up to 2 KB of
-    it and through shared memory beyond.
+    bias come from L1 or L2 for every program; two reductions over the row, within a warp up to 2 KB
+    of it and through shared memory beyond.
     """
     if seed is not None:
         seed = tl.load(seed)
@@ -234,10 +266,19 @@ def forward_kernel(
     column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
     mask = row_exists[:, None] & column_exists  # [BLOCK_M, BLOCK_N]
     x = _form_x(
-        input, residual, seed, new_residual,
+        input,
+        residual,
+        seed,
+        new_residual,
         row_offsets(row, input_inner, input_outer_stride, input_stride),
         row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-        row * row_length, row, column, mask, threshold, scale, VECTOR,
+        row * row_length,
+        row,
+        column,
+        mask,
+        threshold,
+        scale,
+        VECTOR,
     )
     # With the row at hand the variance is taken around the mean proper: E[x^2] - E[x]^2 would lose
     # all digits to mean >> std. What is masked is 0, and must not count as 0 - mean.
@@ -251,26 +292,55 @@ def forward_kernel(
     scaling = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), length) + eps)
     tl.store(rstd + row, scaling, mask=row_exists)
     _write_output(
-        output, weight, bias, x, average, scaling, row * row_length, column, column_exists, mask,
+        output,
+        weight,
+        bias,
+        x,
+        average,
+        scaling,
+        row * row_length,
+        column,
+        column_exists,
+        mask,
         VECTOR,
     )
 
 
 @kernel
 def forward_split_kernel(
-    input, residual, weight, bias, seed, output, new_residual, mean, rstd, input_inner,
-    input_outer_stride, input_stride, residual_inner, residual_outer_stride, residual_stride,
-    rows, row_length, eps, threshold, scale, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    input,
+    residual,
+    weight,
+    bias,
+    seed,
+    output,
+    new_residual,
+    mean,
+    rstd,
+    input_inner,
+    input_outer_stride,
+    input_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    rows,
+    row_length,
+    eps,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """A longer row in two sweeps over tiles ``[1, BLOCK_N]``.
 
-    The first keeps Welford's mean and sum of squares for each lane of the tile by itself, so that no
-    lane waits for another, and merges the lanes once at the end (Chan et al. 1979). The second begins
-    where the first ended: those tiles are the likeliest to lie in L2. Nothing reads them thereafter,
-    so they are marked to leave first and keep the beginning of the row in. With three programs on each
-    of 132 SMs, bf16 rows of 65536 are 52 MB, about what L2 holds: no longer rows, one and a half to
-    two times the forward's floor.
+    The first keeps Welford's mean and sum of squares for each lane of the tile by itself, so that
+    no lane waits for another, and merges the lanes once at the end (Chan et al. 1979). The second
+    begins where the first ended: those tiles are the likeliest to lie in L2. Nothing reads them
+    thereafter, so they are marked to leave first and keep the beginning of the row in. With three
+    programs on each of 132 SMs, bf16 rows of 65536 are 52 MB, about what L2 holds: no longer rows,
+    one and a half to two times the forward's floor.
     """
     if seed is not None:
         seed = tl.load(seed)
@@ -285,8 +355,19 @@ def forward_split_kernel(
     for tile in tl.range(0, tiles, num_stages=NUM_STAGES):
         column, mask = _columns(tile * BLOCK_N, row_length, VECTOR, BLOCK_N)
         x = _form_x(
-            input, residual, seed, new_residual, input_start, residual_start, start, row, column,
-            mask, threshold, scale, VECTOR,
+            input,
+            residual,
+            seed,
+            new_residual,
+            input_start,
+            residual_start,
+            start,
+            row,
+            column,
+            mask,
+            threshold,
+            scale,
+            VECTOR,
         )
         if mean is None:
             lane_squares += x * x
@@ -319,8 +400,19 @@ def forward_split_kernel(
 
 @triton.jit
 def _gradient(
-    grad_output, x, mean, rstd, grad_start, x_start, row, row_exists, column, mask,
-    NEEDS_X: tl.constexpr, VECTOR: tl.constexpr, EVICT: tl.constexpr = "",
+    grad_output,
+    x,
+    mean,
+    rstd,
+    grad_start,
+    x_start,
+    row,
+    row_exists,
+    column,
+    mask,
+    NEEDS_X: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """grad_output and the normalised x (0 where only grad_bias is asked for), with rstd ``[M]``."""
     grad = _load(grad_output, grad_start, column, mask, VECTOR, EVICT)
@@ -336,8 +428,23 @@ def _gradient(
 
 @triton.jit
 def _write_gradients(
-    grad_x, grad_input, grad_new_residual, seed, scaled, normalised, scaling, slope, offset,
-    residual_start, start, row, column, mask, threshold, scale, VECTOR: tl.constexpr,
+    grad_x,
+    grad_input,
+    grad_new_residual,
+    seed,
+    scaled,
+    normalised,
+    scaling,
+    slope,
+    offset,
+    residual_start,
+    start,
+    row,
+    column,
+    mask,
+    threshold,
+    scale,
+    VECTOR: tl.constexpr,
     EVICT: tl.constexpr = "",
 ):
     """``rstd * (g - offset - n * slope) + grad_new_residual``, and the dropout of that."""
@@ -357,18 +464,46 @@ def _write_gradients(
 
 @kernel
 def backward_kernel(
-    grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input, scratch,
-    grad_inner, grad_outer_stride, grad_stride, residual_inner, residual_outer_stride,
-    residual_stride, x_inner, x_outer_stride, x_stride, rows, row_length, pitch, threshold,
-    scale, group, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    grad_output,
+    grad_new_residual,
+    x,
+    weight,
+    mean,
+    rstd,
+    seed,
+    grad_x,
+    grad_input,
+    scratch,
+    grad_inner,
+    grad_outer_stride,
+    grad_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    x_inner,
+    x_outer_stride,
+    x_stride,
+    rows,
+    row_length,
+    pitch,
+    threshold,
+    scale,
+    group,
+    GRAD_WEIGHT: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """Rows that fit: each program goes through its tiles ``[BLOCK_M, BLOCK_N]`` with the weight, and
-    the sums for grad_weight and grad_bias, in registers.
+    """Rows that fit: each program goes through tiles ``[BLOCK_M, BLOCK_N]`` of them.
 
-    The sums stay as large as the tile until the end, so that in the loop threads exchange nothing but
-    the two sums over a row; while they do, the loads of the next tiles are under way. Moves each
-    tensor once, and ``16 * programs * row_length`` bytes of partial rows through L2 (2 to 8 MB).
+    In registers it keeps the weight, and the sums for grad_weight and grad_bias.
+
+    The sums stay as large as the tile until the end, so that in the loop threads exchange nothing
+    but the two sums over a row; while they do, the loads of the next tiles are under way. Moves
+    each tensor once, and ``16 * programs * row_length`` bytes of partial rows through L2 (2 to 8
+    MB).
     """
     GRAD: tl.constexpr = grad_x is not None or grad_input is not None
     if seed is not None:
@@ -386,10 +521,18 @@ def backward_kernel(
         row, row_exists = _rows(tile, rows, BLOCK_M)
         mask = row_exists[:, None] & column_exists
         grad, normalised, scaling = _gradient(
-            grad_output, x, mean, rstd,
+            grad_output,
+            x,
+            mean,
+            rstd,
             row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
-            row_offsets(row, x_inner, x_outer_stride, x_stride), row, row_exists, column, mask,
-            GRAD or GRAD_WEIGHT, VECTOR,
+            row_offsets(row, x_inner, x_outer_stride, x_stride),
+            row,
+            row_exists,
+            column,
+            mask,
+            GRAD or GRAD_WEIGHT,
+            VECTOR,
         )
         if GRAD_WEIGHT:
             weight_sum += grad * normalised
@@ -405,9 +548,23 @@ def backward_kernel(
                 offset *= inverse_length
             slope *= inverse_length
             _write_gradients(
-                grad_x, grad_input, grad_new_residual, seed, grad, normalised, scaling, slope,
-                offset, row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-                row * row_length, row, column, mask, threshold, scale, VECTOR,
+                grad_x,
+                grad_input,
+                grad_new_residual,
+                seed,
+                grad,
+                normalised,
+                scaling,
+                slope,
+                offset,
+                row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+                row * row_length,
+                row,
+                column,
+                mask,
+                threshold,
+                scale,
+                VECTOR,
             )
 
     partial_row = tl.full([1], pitch, tl.int64) * program
@@ -422,20 +579,47 @@ def backward_kernel(
 
 @kernel
 def backward_split_kernel(
-    grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input, scratch,
-    grad_inner, grad_outer_stride, grad_stride, residual_inner, residual_outer_stride,
-    residual_stride, x_inner, x_outer_stride, x_stride, rows, row_length, pitch, threshold,
-    scale, group, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    grad_output,
+    grad_new_residual,
+    x,
+    weight,
+    mean,
+    rstd,
+    seed,
+    grad_x,
+    grad_input,
+    scratch,
+    grad_inner,
+    grad_outer_stride,
+    grad_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_stride,
+    x_inner,
+    x_outer_stride,
+    x_stride,
+    rows,
+    row_length,
+    pitch,
+    threshold,
+    scale,
+    group,
+    GRAD_WEIGHT: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Longer rows, ``group`` of them at a time, in tiles ``[1, BLOCK_N]`` and two sweeps.
 
-    The first sweep goes along each row for its two sums, the second across the rows of the group, tile
-    by tile from the end, for the results. The sums for grad_weight and grad_bias are too long for
-    registers: they lie in the program's partial rows, which a group reads and writes once: 16 bytes
-    an element shared by ``group`` rows. So L2 delivers or takes ``10 + 16 / group`` bytes an element of
-    bf16, and for a group of 4 that, not DRAM, sets the time: some 1.8 times the floor. Larger groups
-    would not find their rows in L2 again. Behind the partial rows lie the sums over each row.
+    The first sweep goes along each row for its two sums, the second across the rows of the group,
+    tile by tile from the end, for the results. The sums for grad_weight and grad_bias are too long
+    for registers: they lie in the program's partial rows, which a group reads and writes once: 16
+    bytes an element shared by ``group`` rows. So L2 delivers or takes ``10 + 16 / group`` bytes an
+    element of bf16, and for a group of 4 that, not DRAM, sets the time: some 1.8 times the floor.
+    Larger groups would not find their rows in L2 again. Behind the partial rows lie the sums over
+    each row.
     """
     GRAD: tl.constexpr = grad_x is not None or grad_input is not None
     if seed is not None:
@@ -464,8 +648,18 @@ def backward_split_kernel(
                 for begin in tl.range(0, row_length, BLOCK_N, num_stages=NUM_STAGES):
                     column, mask = _columns(begin, row_length, VECTOR, BLOCK_N)
                     grad, normalised, _ = _gradient(
-                        grad_output, x, mean, rstd, grad_start, x_start, row, row_exists, column,
-                        mask, True, VECTOR,
+                        grad_output,
+                        x,
+                        mean,
+                        rstd,
+                        grad_start,
+                        x_start,
+                        row,
+                        row_exists,
+                        column,
+                        mask,
+                        True,
+                        VECTOR,
                     )
                     if weight is not None:
                         grad *= _parameter(weight, column, mask, VECTOR)
@@ -492,10 +686,19 @@ def backward_split_kernel(
             for number in tl.range(first, last, num_stages=NUM_STAGES):
                 row, row_exists = _rows(number, rows, BLOCK_M)
                 grad, normalised, scaling = _gradient(
-                    grad_output, x, mean, rstd,
+                    grad_output,
+                    x,
+                    mean,
+                    rstd,
                     row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
-                    row_offsets(row, x_inner, x_outer_stride, x_stride), row, row_exists, column,
-                    mask, GRAD or GRAD_WEIGHT, VECTOR, "evict_first",
+                    row_offsets(row, x_inner, x_outer_stride, x_stride),
+                    row,
+                    row_exists,
+                    column,
+                    mask,
+                    GRAD or GRAD_WEIGHT,
+                    VECTOR,
+                    "evict_first",
                 )
                 if GRAD_WEIGHT:
                     weight_sum += grad * normalised
@@ -505,11 +708,23 @@ def backward_split_kernel(
                     if weight is not None:
                         grad *= gamma
                     _write_gradients(
-                        grad_x, grad_input, grad_new_residual, seed, grad, normalised, scaling,
+                        grad_x,
+                        grad_input,
+                        grad_new_residual,
+                        seed,
+                        grad,
+                        normalised,
+                        scaling,
                         tl.load(sums + (number - first)),
                         tl.load(sums + (number - first + group)) if mean is not None else None,
                         row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-                        row * row_length, row, column, mask, threshold, scale, VECTOR,
+                        row * row_length,
+                        row,
+                        column,
+                        mask,
+                        threshold,
+                        scale,
+                        VECTOR,
                         "evict_first",
                     )
             if GRAD_WEIGHT:
@@ -520,14 +735,21 @@ def backward_split_kernel(
 
 @kernel
 def finalise_kernel(
-    partials, grad_weight, grad_bias, programs, row_length, pitch,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    partials,
+    grad_weight,
+    grad_bias,
+    programs,
+    row_length,
+    pitch,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Sums the programs' partial rows in their order, of grad_weight or (second grid axis) grad_bias.
+    """Sums the partial rows in their order, of grad_weight or (second grid axis) grad_bias.
 
-    Reads ``4 * programs * row_length`` bytes each, 1.1 MB for 264 programs and rows of 1024, which lie
-    in L2: about a microsecond, besides the launch. ``BLOCK_N`` = 32 columns are one 128-byte line, and
-    make enough programs for rows of a few hundred; 64 rows at once are 16 loads a thread under way.
+    Reads ``4 * programs * row_length`` bytes each, 1.1 MB for 264 programs and rows of 1024, which
+    lie in L2: about a microsecond, besides the launch. ``BLOCK_N`` = 32 columns are one 128-byte
+    line, and make enough programs for rows of a few hundred; 64 rows at once are 16 loads a thread
+    under way.
     """
     column, column_exists = _columns(tl.program_id(0) * BLOCK_N, row_length, 1, BLOCK_N)
     first = tl.program_id(1) * programs
@@ -636,7 +858,7 @@ def backward(
     threshold: int,
     scale: float,
 ) -> None:
-    """Fills the gradients that are not empty; arguments as :func:`forward`, RMSNorm by an empty mean."""
+    """Fills the gradients that are not empty; arguments as :func:`forward`, empty mean for RMSNorm."""
     wanted_x, wanted_input = _wanted(grad_x), _wanted(grad_input)
     wanted_weight, wanted_bias = _wanted(grad_weight), _wanted(grad_bias)
     sums = (wanted_weight is not None) + (wanted_bias is not None)

@@ -327,9 +327,15 @@ def _dropout(a: Forward | Backward) -> tuple[int, float]:
 # --- candidates ----------------------------------------------------------------------------------
 
 
-def _fp64_rejects(a: Forward | Backward) -> str | None:
-    dtype = a.input.dtype if isinstance(a, Forward) else a.x.dtype
-    return "no fp64 kernel" if dtype == torch.float64 else None
+def _triton_rejects(a: Forward | Backward) -> str | None:
+    x = a.input if isinstance(a, Forward) else a.x
+    return "no fp64 kernel" if x.dtype == torch.float64 else None
+
+
+def _cuda_rejects(a: Forward | Backward) -> str | None:
+    if any(p is not None and p.dtype == torch.float64 for p in (a.weight, a.bias)):
+        return "no kernel for fp64 parameters"
+    return _triton_rejects(a)
 
 
 def _torch_rejects(a: Forward | Backward) -> str | None:
@@ -346,8 +352,8 @@ forward_op = define_op(
     _forward_outputs,
     (
         Candidate("cpu", _forward_by_extension),
-        Candidate("triton", _forward_by_triton, _fp64_rejects),
-        Candidate("cuda", _forward_by_extension, _fp64_rejects),
+        Candidate("triton", _forward_by_triton, _triton_rejects),
+        Candidate("cuda", _forward_by_extension, _cuda_rejects),
         Candidate("torch", _forward_by_torch, _torch_rejects),
         Candidate("reference", _forward_by_reference),
     ),
@@ -359,8 +365,8 @@ backward_op = define_op(
     _backward_outputs,
     (
         Candidate("cpu", _backward_by_extension),
-        Candidate("triton", _backward_by_triton, _fp64_rejects),
-        Candidate("cuda", _backward_by_extension, _fp64_rejects),
+        Candidate("triton", _backward_by_triton, _triton_rejects),
+        Candidate("cuda", _backward_by_extension, _cuda_rejects),
         Candidate("torch", _backward_by_torch, _torch_rejects),
         Candidate("reference", _backward_by_reference),
     ),
