@@ -297,6 +297,19 @@ def test_autocast_gives_the_dtypes_torch_gives(device: str, dtype: torch.dtype) 
         torch.set_autocast_dtype(device, half)
 
 
+@pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_of_any_dtype(dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
+    """Also where the call is so small that torch's op, which takes fewer mixtures, is preferred."""
+    x, weight = torch.randn(4, 8, dtype=dtype), torch.randn(8).to(parameter_dtype)
+    expected = F.layer_norm(x.double(), (8,), weight.double())
+    output = functional.layer_norm(x, (8,), weight)
+    stream, _ = functional.add_layer_norm(x, torch.zeros_like(x), (8,), weight)
+    assert output.dtype == stream.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(stream.double(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_default_eps_of_rms_norm_is_torchs(dtype: torch.dtype) -> None:
     x = torch.full((2, 64), 1e-4, dtype=dtype)
