@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-all bench verify gpu lint format clean
+.PHONY: demo test test-all bench verify sanitize gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -30,6 +30,17 @@ verify: $(VENV)/built
 OUT ?= benchmarks/results/gpu
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+# The CPU kernels of every instruction set under the address and undefined-behaviour sanitizers, in a
+# copy of the tree: some ten minutes, most of them the compiler's.
+sanitize: $(VENV)/installed
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git archive HEAD | tar -x -C build/sanitize
+	cd build/sanitize && FASTSEQ_CUDA=0 FASTSEQ_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && for isa in avx512 avx2 generic; do \
+	  FASTSEQ_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(CURDIR)/$(BIN)/python -m fastseq verify --backend cpu || exit 1; done
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

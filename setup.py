@@ -5,6 +5,7 @@ called directly, because torch's own CUDAExtension refuses under a CPU build of 
 
 FASTSEQ_CPP=0         build no extension: pure Python, kernels by Triton and torch
 FASTSEQ_CUDA=0        leave the CUDA kernels out
+FASTSEQ_SANITIZE=1    build with address and undefined-behaviour sanitizers (see `make sanitize`)
 FASTSEQ_CUDA_ARCHS    architectures to build, default "80 90a 100" (and PTX of the last)
 """
 
@@ -24,6 +25,8 @@ CXX = os.environ.get("CXX", "g++")
 NVCC = None if os.environ.get("FASTSEQ_CUDA") == "0" else shutil.which("nvcc")
 ARCHITECTURES = os.environ.get("FASTSEQ_CUDA_ARCHS", "80 90a 100").split()
 BASE = ["-std=c++17", "-O3"]
+if os.environ.get("FASTSEQ_SANITIZE") == "1":
+    BASE += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # A kernel file of csrc/cpu is compiled once for each of these, in a namespace of that name.
 INSTRUCTION_SETS = {"generic": []}
@@ -33,7 +36,10 @@ if platform.machine() == "x86_64":
     AVX512 += ["-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
-CPU_KERNELS = ["layer_norm"]  # csrc/cpu/<family>.cpp
+# No fusing of products and sums where the compiler likes, which is not the same in every loop and
+# would make a row's result depend on its batch: these files say fma() where they want one.
+EXACT = {"layer_norm": ["-ffp-contract=off"]}
+CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax"]  # csrc/cpu/<family>.cpp
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 
@@ -68,7 +74,10 @@ class BuildExtension(build_ext):
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [
-            [*host, *math, f"-DFASTSEQ_ISA={name}", *flags, "-c", f"csrc/cpu/{kernel}.cpp"]
+            [
+                *(*host, *math, *EXACT.get(kernel, []), f"-DFASTSEQ_ISA={name}", *flags),
+                *("-c", f"csrc/cpu/{kernel}.cpp"),
+            ]
             for kernel in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
         ]
@@ -100,6 +109,7 @@ class BuildExtension(build_ext):
             link = [NVCC, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
         else:
             link = [CXX, "-shared", "-Wl,--no-as-needed"]
+        link += [flag for flag in BASE if flag.startswith("-fsanitize")]
         libraries = [f"-L{library}", "-ltorch", "-ltorch_cpu"]
         self.run_tool([*link, *map(str, outputs), *libraries, "-o", str(target)])
 

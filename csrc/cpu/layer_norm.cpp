@@ -87,21 +87,21 @@ void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], in
   double total[Count];
   T mean[Count] = {}, rstd[Count];
   if (!args.rms) {
-    row_sums<T>(x, n, [](int, V<T> v) { return v; }, total);
+    row_sums<T>(x, n, [](int, V<T> v, V<T> sum) { return sum + v; }, total);
     for (int r = 0; r < Count; ++r) {
-      mean[r] = settled(static_cast<T>(total[r] * per_element));
+      mean[r] = static_cast<T>(total[r] * per_element);
       static_cast<T*>(args.mean.data)[row + r] = mean[r];
     }
   }
   row_sums<T>(
       x, n,
-      [&mean](int r, V<T> v) {
+      [&mean](int r, V<T> v, V<T> sum) {
         const V<T> centred = v - mean[r];
-        return centred * centred;
+        return fma(centred, centred, sum);
       },
       total);
   for (int r = 0; r < Count; ++r) {
-    rstd[r] = settled(static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps)));
+    rstd[r] = static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps));
     static_cast<T*>(args.rstd.data)[row + r] = rstd[r];
   }
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
@@ -116,7 +116,7 @@ void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], in
       write_values<T>(
           y, n, args.past_cache,
           [=](int64_t i, auto read) {
-            return normalized(i, read) * read(weight + i) + read(bias + i);
+            return fma(normalized(i, read), read(weight + i), read(bias + i));
           },
           next);
     else
@@ -177,8 +177,8 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
                  const Ahead (&ahead)[Count]) {
   const double per_element = 1.0 / static_cast<double>(n);
   double total_grad[Count] = {}, total_product[Count] = {};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+  for (int64_t begin = 0; begin < n; begin += block<T>) {
+    const int64_t end = begin + block<T> < n ? begin + block<T> : n;
     V<T> sum_grad[Count] = {}, sum_product[Count] = {};
     const auto column = [&](int64_t i, auto read, auto write, auto mask) {
       const V<T> w = read(weight + i);
@@ -188,9 +188,9 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
         const V<T> grad = read(step.grad[r] + i);
         const V<T> normalized = mask((read(step.x[r] + i) - step.mean[r]) * step.rstd[r]);
         const V<T> scaled = grad * w;
-        sum_product[r] += scaled * normalized;
+        sum_product[r] = fma(scaled, normalized, sum_product[r]);
         if (Centred) sum_grad[r] += scaled;
-        for_weight += grad * normalized;
+        for_weight = fma(grad, normalized, for_weight);
         for_bias += grad;
         ahead[r].prefetch(i);
       }
@@ -215,8 +215,8 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
     }
   }
   for (int r = 0; r < Count; ++r) {
-    step.mean_grad[r] = settled(static_cast<T>(total_grad[r] * per_element));
-    step.mean_product[r] = settled(static_cast<T>(total_product[r] * per_element));
+    step.mean_grad[r] = static_cast<T>(total_grad[r] * per_element);
+    step.mean_product[r] = static_cast<T>(total_product[r] * per_element);
   }
 }
 
@@ -254,9 +254,9 @@ void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T
                         stream](int64_t i, auto read) {
       const V<T> normalized = (read(x + i) - mean) * rstd;
       const V<T> scaled = read(grad + i) * read(weight + i);
-      V<T> gradient = ((scaled - mean_grad) - normalized * mean_product) * rstd;
-      if (stream != nullptr) gradient += read(stream + i);
-      return gradient;
+      const V<T> gradient = fma(normalized, splat<T>(-mean_product), scaled - mean_grad);
+      if (stream == nullptr) return gradient * rstd;
+      return fma(gradient, splat<T>(rstd), read(stream + i));
     };
     const Ahead grad_ahead(args.grad_output, row + r, distance);
     const auto next = [grad_ahead](int64_t i) { grad_ahead.prefetch(i); };

@@ -10,12 +10,15 @@ namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 constexpr int64_t kAhead = 4096;  // elements to look ahead at least
-constexpr int64_t kBlock = 4096;  // summands of one fp32 partial sum: bounds the error of long rows
 
 template <class T>
 using V = typename Simd<T>::V;
 template <class T>
 constexpr int lanes = Simd<T>::lanes;
+constexpr int64_t kBlock = 4096;  // elements handled at a time, in L1
+// Summands of one partial sum, 256 for each lane: bounds the error of long rows.
+template <class T>
+constexpr int64_t block = 256 * lanes<T>;
 
 inline int64_t element_size(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
@@ -169,13 +172,14 @@ void multiply_by_dropout(T* row, int64_t index, int64_t n, const Dropout& dropou
   }
 }
 
-// The sums of map(r, x_i) over Count rows. A row's result does not depend on Count.
-template <class T, class M, int Count, class Map>
-inline void row_sums(const M* const (&x)[Count], int64_t n, Map map, double (&total)[Count]) {
+// The sums over Count rows of what add(r, x_i, sum) adds to them. A row's result does not depend on
+// Count.
+template <class T, class M, int Count, class Add>
+inline void row_sums(const M* const (&x)[Count], int64_t n, Add add, double (&total)[Count]) {
   constexpr int width = lanes<T>;
   for (int r = 0; r < Count; ++r) total[r] = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+  for (int64_t begin = 0; begin < n; begin += block<T>) {
+    const int64_t end = begin + block<T> < n ? begin + block<T> : n;
     V<T> even[Count] = {}, odd[Count] = {};
     int64_t i = begin;
     for (; i + 2 * width <= end; i += 2 * width)
@@ -183,12 +187,14 @@ inline void row_sums(const M* const (&x)[Count], int64_t n, Map map, double (&to
       for (int r = 0; r < Count; ++r) {
         V<T> first, second;
         load_two(x[r] + i, first, second);
-        even[r] += map(r, first);
-        odd[r] += map(r, second);
+        even[r] = add(r, first, even[r]);
+        odd[r] = add(r, second, odd[r]);
       }
     for (; i < end; i += width)
-      for (int r = 0; r < Count; ++r)
-        even[r] += keep_first<T>(map(r, load_some<T>(x[r] + i, end - i)), end - i);
+      for (int r = 0; r < Count; ++r) {
+        const V<T> more = add(r, load_some<T>(x[r] + i, end - i), V<T>{});
+        even[r] += keep_first<T>(more, end - i);
+      }
     for (int r = 0; r < Count; ++r) total[r] += horizontal_sum<T>(even[r] + odd[r]);
   }
 }

@@ -94,6 +94,32 @@ inline T horizontal_sum(typename Simd<T>::V v) {
   return Halving<T, FASTSEQ_VECTOR_BYTES>::sum(v);
 }
 
+// a * b + c, rounded once where the hardware can. Written out, because a compiler left to fuse what
+// it likes does so for some rows of a loop and not for others.
+inline F32x fma(F32x a, F32x b, F32x c) {
+#if defined(__AVX512F__)
+  return bit_cast<F32x>(
+      _mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif defined(__AVX2__)
+  return bit_cast<F32x>(
+      _mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+inline F64x fma(F64x a, F64x b, F64x c) {
+#if defined(__AVX512F__)
+  return bit_cast<F64x>(
+      _mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+#elif defined(__AVX2__)
+  return bit_cast<F64x>(
+      _mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- single values ------------------------------------------------------------------------------
 
 inline float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
