@@ -35,6 +35,7 @@ class Usage:
     """What one compiled kernel takes, and how it reaches memory (static instruction counts)."""
 
     kernel: str
+    threads: int
     registers: int  # per thread
     local_bytes: int  # stack and spilled registers, per thread
     local_accesses: int
@@ -97,7 +98,7 @@ def measure(launch: Callable[[], None], architecture: int) -> list[Usage]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter's kernels cannot be compiled")
     with _compiling_for(architecture) as compiled:
         launch()
-    return [_read(kernel) for kernel in compiled]
+    return [_usage(kernel) for kernel in compiled]
 
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -111,6 +112,15 @@ def _disassemble(*options: str) -> str:
     ).stdout
 
 
+_known: dict[str, Usage] = {}
+
+
+def _usage(kernel: Any) -> Usage:
+    if kernel.hash not in _known:
+        _known[kernel.hash] = _read(kernel)
+    return _known[kernel.hash]
+
+
 def _read(kernel: Any) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -121,6 +131,7 @@ def _read(kernel: Any) -> Usage:
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     return Usage(
         kernel=kernel.metadata.name,
+        threads=32 * kernel.metadata.num_warps,
         registers=_resource(resources, "REG"),
         local_bytes=_resource(resources, "STACK") + _resource(resources, "LOCAL"),
         local_accesses=_count(opcodes, r"(LDL|STL)\b"),

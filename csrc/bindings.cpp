@@ -1,7 +1,9 @@
 // Registers the C++ ops: torch.ops.fastseq_C.*, private to fastseq/ops.
 #include <Python.h>
 
+#include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
+#include "bindings/softmax.h"
 
 namespace fastseq {
 namespace {
@@ -32,6 +34,23 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "weight, "
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? seed, int row_length, int threshold, "
       "float scale, ScalarType input_dtype, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "int reduction, float label_smoothing, float softcap, float z_loss, bool every_lse, "
+      "ScalarType loss_dtype) -> (Tensor, Tensor, Tensor, Tensor, int)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
+      "Tensor? weight, Tensor maximum, Tensor log_sum, Tensor denominator, int ignore_index, "
+      "float label_smoothing, float softcap, float z_loss) -> Tensor");
+  m.def(
+      "softmax_forward(Tensor input, int length, int inner, bool log, ScalarType output_dtype) -> "
+      "Tensor");
+  m.def(
+      "masked_softmax_forward(Tensor input, Tensor? mask, int length, float scale, int queries, "
+      "int causal_offset, ScalarType output_dtype) -> Tensor");
+  m.def(
+      "softmax_backward(Tensor grad_output, Tensor output, int length, int inner, bool log, "
+      "bool masked, float scale, ScalarType input_dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
@@ -42,6 +61,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cpu));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cpu));
+  m.impl("cross_entropy_forward", TORCH_BOX(&fastseq::cross_entropy_forward_cpu));
+  m.impl("cross_entropy_backward", TORCH_BOX(&fastseq::cross_entropy_backward_cpu));
+  m.impl("softmax_forward", TORCH_BOX(&fastseq::softmax_forward_cpu));
+  m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
+  m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));
 }
 
 #ifdef FASTSEQ_CUDA

@@ -24,17 +24,18 @@ struct CrossEntropy {
   double weight_sum = 0;            // of all classes; classes without weight
   int64_t ignore_index = -100;
   double smoothing = 0, softcap = 0, z_loss = 0;  // softcap 0: none
-  // lse lies in two parts: their sum, rounded, would cost exp(z - lse) digits where logits are large.
+  // lse lies in two parts: their sum, rounded, would cost exp(z - lse) digits where logits are
+  // large.
   Vector maximum, log_sum;  // [rows], fp32 or fp64
 };
 
 struct CrossEntropyForward : CrossEntropy {
   int64_t reduction = kMean;
-  bool every_lse = false;           // of ignored rows too; else these are not read
-  double* row_losses = nullptr;     // [rows], scratch
-  double* row_weights = nullptr;    // [rows], scratch: w[t], 0 where ignored
-  Vector loss;                      // [rows], or one element
-  Vector denominator;               // one element: the sum of w[t]; only with kMean
+  bool every_lse = false;         // of ignored rows too; else these are not read
+  double* row_losses = nullptr;   // [rows], scratch
+  double* row_weights = nullptr;  // [rows], scratch: w[t], 0 where ignored
+  Vector loss;                    // [rows], or one element
+  Vector denominator;             // one element: the sum of w[t]; only with kMean
 };
 
 //   grad_logits[c] = g * (w[t] * (1 - smoothing + 2 * z_loss * lse) + smoothing / classes * sum(w))
@@ -43,12 +44,12 @@ struct CrossEntropyForward : CrossEntropy {
 //
 // times 1 - (z[c] / softcap)^2 with a softcap.
 struct CrossEntropyBackward : CrossEntropy {
-  Vector grad_loss;                // [rows], or one element for all
-  int64_t grad_loss_stride = 0;    // 1 or 0
-  Vector grad_lse;                 // [rows]; may be absent
-  Vector denominator;              // one element; absent: 1
+  Vector grad_loss;              // [rows], or one element for all
+  int64_t grad_loss_stride = 0;  // 1 or 0
+  Vector grad_lse;               // [rows]; may be absent
+  Vector denominator;            // one element; absent: 1
   Rows grad_logits;
-  bool past_cache = false;         // the gradient is larger than the cache (CPU)
+  bool past_cache = false;  // the gradient is larger than the cache (CPU)
 };
 
 }  // namespace fastseq

@@ -25,10 +25,10 @@ def as_rows(tensor: Tensor, row_length: int) -> Tensor:
     while split > 0 and shape[split - 1] == 1:
         split -= 1
 
-    leading = _fold(shape[:split], strides[:split])
+    leading = fold(shape[:split], strides[:split])
     if len(leading) > 2:
         return tensor.contiguous()
-    trailing = _fold(shape[split:], strides[split:])
+    trailing = fold(shape[split:], strides[split:])
     if trailing and (len(trailing) > 1 or trailing[0][1] != 1):
         if any(stride for _, stride in leading):
             return tensor.contiguous()
@@ -38,7 +38,7 @@ def as_rows(tensor: Tensor, row_length: int) -> Tensor:
     return tensor.as_strided((outer, inner, row_length), (outer_stride, inner_stride, 1))
 
 
-def _fold(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+def fold(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
     """The dimensions as few (size, stride) pairs as they allow; dimensions of size 1 vanish."""
     folded: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides, strict=True):

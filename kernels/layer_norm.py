@@ -99,8 +99,8 @@ def forward_launch(row_length: int, element_size: int, limit: int) -> Launch:
     block_n = max(8, next_power_of_2(row_length))
     row_bytes = block_n * element_size
     if row_length * element_size > limit:
-        # 16 elements a thread with two statistics each: 80 registers, three programs an SM; each
-        # fetches two tiles ahead.
+        # 16 elements a thread with two statistics each: 80 registers and three programs an SM, two
+        # with a residual, one where it is of another dtype; each fetches two tiles ahead.
         return Launch(1, min(limit // element_size, 4096), 8, split=True, num_stages=3)
     if row_bytes < 512:
         # Not a vector for every lane: 32 bytes a thread in rows side by side.
@@ -147,7 +147,8 @@ def backward_launch(row_length: int, stream_bytes: int, architecture: int, limit
 # --- kernels -------------------------------------------------------------------------------------
 
 # A kernel's argument list set one name to a line would be longer than the kernel. The two kernels
-# of a direction share theirs, so that the launcher calls either. fmt: off
+# of a direction share theirs, so that the launcher calls either.
+# fmt: off
 
 #: Partial rows are fp32 and begin on 128 bytes.
 PARTIAL_VECTOR = tl.constexpr(4)
@@ -189,19 +190,8 @@ def _parameter(pointer, column, mask, VECTOR: tl.constexpr):
 
 @triton.jit
 def _form_x(
-    input,
-    residual,
-    seed,
-    new_residual,
-    input_start,
-    residual_start,
-    new_start,
-    row,
-    column,
-    mask,
-    threshold,
-    scale,
-    VECTOR: tl.constexpr,
+    input, residual, seed, new_residual, input_start, residual_start, new_start, row, column,
+    mask, threshold, scale, VECTOR: tl.constexpr,
 ):
     """The tile to normalise in fp32: with a residual, rounded as ``new_residual`` stores it."""
     x = _load(input, input_start, column, mask, VECTOR)
@@ -229,30 +219,10 @@ def _write_output(
 
 @kernel
 def forward_kernel(
-    input,
-    residual,
-    weight,
-    bias,
-    seed,
-    output,
-    new_residual,
-    mean,
-    rstd,
-    input_inner,
-    input_outer_stride,
-    input_stride,
-    residual_inner,
-    residual_outer_stride,
-    residual_stride,
-    rows,
-    row_length,
-    eps,
-    threshold,
-    scale,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    input, residual, weight, bias, seed, output, new_residual, mean, rstd, input_inner,
+    input_outer_stride, input_stride, residual_inner, residual_outer_stride, residual_stride,
+    rows, row_length, eps, threshold, scale, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     """Rows that fit: ``[BLOCK_M, BLOCK_N]`` of them in registers from their one read to the write.
 
@@ -266,19 +236,10 @@ def forward_kernel(
     column, column_exists = _columns(0, row_length, VECTOR, BLOCK_N)
     mask = row_exists[:, None] & column_exists  # [BLOCK_M, BLOCK_N]
     x = _form_x(
-        input,
-        residual,
-        seed,
-        new_residual,
+        input, residual, seed, new_residual,
         row_offsets(row, input_inner, input_outer_stride, input_stride),
         row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-        row * row_length,
-        row,
-        column,
-        mask,
-        threshold,
-        scale,
-        VECTOR,
+        row * row_length, row, column, mask, threshold, scale, VECTOR,
     )
     # With the row at hand the variance is taken around the mean proper: E[x^2] - E[x]^2 would lose
     # all digits to mean >> std. What is masked is 0, and must not count as 0 - mean.
@@ -292,46 +253,17 @@ def forward_kernel(
     scaling = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), length) + eps)
     tl.store(rstd + row, scaling, mask=row_exists)
     _write_output(
-        output,
-        weight,
-        bias,
-        x,
-        average,
-        scaling,
-        row * row_length,
-        column,
-        column_exists,
-        mask,
+        output, weight, bias, x, average, scaling, row * row_length, column, column_exists, mask,
         VECTOR,
     )
 
 
 @kernel
 def forward_split_kernel(
-    input,
-    residual,
-    weight,
-    bias,
-    seed,
-    output,
-    new_residual,
-    mean,
-    rstd,
-    input_inner,
-    input_outer_stride,
-    input_stride,
-    residual_inner,
-    residual_outer_stride,
-    residual_stride,
-    rows,
-    row_length,
-    eps,
-    threshold,
-    scale,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    input, residual, weight, bias, seed, output, new_residual, mean, rstd, input_inner,
+    input_outer_stride, input_stride, residual_inner, residual_outer_stride, residual_stride,
+    rows, row_length, eps, threshold, scale, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     """A longer row in two sweeps over tiles ``[1, BLOCK_N]``.
 
@@ -355,19 +287,8 @@ def forward_split_kernel(
     for tile in tl.range(0, tiles, num_stages=NUM_STAGES):
         column, mask = _columns(tile * BLOCK_N, row_length, VECTOR, BLOCK_N)
         x = _form_x(
-            input,
-            residual,
-            seed,
-            new_residual,
-            input_start,
-            residual_start,
-            start,
-            row,
-            column,
-            mask,
-            threshold,
-            scale,
-            VECTOR,
+            input, residual, seed, new_residual, input_start, residual_start, start, row, column,
+            mask, threshold, scale, VECTOR,
         )
         if mean is None:
             lane_squares += x * x
@@ -400,19 +321,8 @@ def forward_split_kernel(
 
 @triton.jit
 def _gradient(
-    grad_output,
-    x,
-    mean,
-    rstd,
-    grad_start,
-    x_start,
-    row,
-    row_exists,
-    column,
-    mask,
-    NEEDS_X: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    grad_output, x, mean, rstd, grad_start, x_start, row, row_exists, column, mask,
+    NEEDS_X: tl.constexpr, VECTOR: tl.constexpr, EVICT: tl.constexpr = "",
 ):
     """grad_output and the normalised x (0 where only grad_bias is asked for), with rstd ``[M]``."""
     grad = _load(grad_output, grad_start, column, mask, VECTOR, EVICT)
@@ -428,23 +338,8 @@ def _gradient(
 
 @triton.jit
 def _write_gradients(
-    grad_x,
-    grad_input,
-    grad_new_residual,
-    seed,
-    scaled,
-    normalised,
-    scaling,
-    slope,
-    offset,
-    residual_start,
-    start,
-    row,
-    column,
-    mask,
-    threshold,
-    scale,
-    VECTOR: tl.constexpr,
+    grad_x, grad_input, grad_new_residual, seed, scaled, normalised, scaling, slope, offset,
+    residual_start, start, row, column, mask, threshold, scale, VECTOR: tl.constexpr,
     EVICT: tl.constexpr = "",
 ):
     """``rstd * (g - offset - n * slope) + grad_new_residual``, and the dropout of that."""
@@ -464,37 +359,11 @@ def _write_gradients(
 
 @kernel
 def backward_kernel(
-    grad_output,
-    grad_new_residual,
-    x,
-    weight,
-    mean,
-    rstd,
-    seed,
-    grad_x,
-    grad_input,
-    scratch,
-    grad_inner,
-    grad_outer_stride,
-    grad_stride,
-    residual_inner,
-    residual_outer_stride,
-    residual_stride,
-    x_inner,
-    x_outer_stride,
-    x_stride,
-    rows,
-    row_length,
-    pitch,
-    threshold,
-    scale,
-    group,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input, scratch,
+    grad_inner, grad_outer_stride, grad_stride, residual_inner, residual_outer_stride,
+    residual_stride, x_inner, x_outer_stride, x_stride, rows, row_length, pitch, threshold,
+    scale, group, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     """Rows that fit: each program goes through tiles ``[BLOCK_M, BLOCK_N]`` of them.
 
@@ -521,18 +390,10 @@ def backward_kernel(
         row, row_exists = _rows(tile, rows, BLOCK_M)
         mask = row_exists[:, None] & column_exists
         grad, normalised, scaling = _gradient(
-            grad_output,
-            x,
-            mean,
-            rstd,
+            grad_output, x, mean, rstd,
             row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
-            row_offsets(row, x_inner, x_outer_stride, x_stride),
-            row,
-            row_exists,
-            column,
-            mask,
-            GRAD or GRAD_WEIGHT,
-            VECTOR,
+            row_offsets(row, x_inner, x_outer_stride, x_stride), row, row_exists, column, mask,
+            GRAD or GRAD_WEIGHT, VECTOR,
         )
         if GRAD_WEIGHT:
             weight_sum += grad * normalised
@@ -548,23 +409,9 @@ def backward_kernel(
                 offset *= inverse_length
             slope *= inverse_length
             _write_gradients(
-                grad_x,
-                grad_input,
-                grad_new_residual,
-                seed,
-                grad,
-                normalised,
-                scaling,
-                slope,
-                offset,
-                row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-                row * row_length,
-                row,
-                column,
-                mask,
-                threshold,
-                scale,
-                VECTOR,
+                grad_x, grad_input, grad_new_residual, seed, grad, normalised, scaling, slope,
+                offset, row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
+                row * row_length, row, column, mask, threshold, scale, VECTOR,
             )
 
     partial_row = tl.full([1], pitch, tl.int64) * program
@@ -579,37 +426,11 @@ def backward_kernel(
 
 @kernel
 def backward_split_kernel(
-    grad_output,
-    grad_new_residual,
-    x,
-    weight,
-    mean,
-    rstd,
-    seed,
-    grad_x,
-    grad_input,
-    scratch,
-    grad_inner,
-    grad_outer_stride,
-    grad_stride,
-    residual_inner,
-    residual_outer_stride,
-    residual_stride,
-    x_inner,
-    x_outer_stride,
-    x_stride,
-    rows,
-    row_length,
-    pitch,
-    threshold,
-    scale,
-    group,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    grad_output, grad_new_residual, x, weight, mean, rstd, seed, grad_x, grad_input, scratch,
+    grad_inner, grad_outer_stride, grad_stride, residual_inner, residual_outer_stride,
+    residual_stride, x_inner, x_outer_stride, x_stride, rows, row_length, pitch, threshold,
+    scale, group, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):
     """Longer rows, ``group`` of them at a time, in tiles ``[1, BLOCK_N]`` and two sweeps.
 
@@ -648,18 +469,8 @@ def backward_split_kernel(
                 for begin in tl.range(0, row_length, BLOCK_N, num_stages=NUM_STAGES):
                     column, mask = _columns(begin, row_length, VECTOR, BLOCK_N)
                     grad, normalised, _ = _gradient(
-                        grad_output,
-                        x,
-                        mean,
-                        rstd,
-                        grad_start,
-                        x_start,
-                        row,
-                        row_exists,
-                        column,
-                        mask,
-                        True,
-                        VECTOR,
+                        grad_output, x, mean, rstd, grad_start, x_start, row, row_exists, column,
+                        mask, True, VECTOR,
                     )
                     if weight is not None:
                         grad *= _parameter(weight, column, mask, VECTOR)
@@ -683,22 +494,13 @@ def backward_split_kernel(
                 weight_sum = _load(scratch, weight_row, column, seen, PARTIAL_VECTOR)
             if GRAD_BIAS:
                 bias_sum = _load(scratch, bias_row, column, seen, PARTIAL_VECTOR)
-            for number in tl.range(first, last, num_stages=NUM_STAGES):
+            for number in range(first, last):
                 row, row_exists = _rows(number, rows, BLOCK_M)
                 grad, normalised, scaling = _gradient(
-                    grad_output,
-                    x,
-                    mean,
-                    rstd,
+                    grad_output, x, mean, rstd,
                     row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
-                    row_offsets(row, x_inner, x_outer_stride, x_stride),
-                    row,
-                    row_exists,
-                    column,
-                    mask,
-                    GRAD or GRAD_WEIGHT,
-                    VECTOR,
-                    "evict_first",
+                    row_offsets(row, x_inner, x_outer_stride, x_stride), row, row_exists, column,
+                    mask, GRAD or GRAD_WEIGHT, VECTOR, "evict_first",
                 )
                 if GRAD_WEIGHT:
                     weight_sum += grad * normalised
@@ -708,23 +510,11 @@ def backward_split_kernel(
                     if weight is not None:
                         grad *= gamma
                     _write_gradients(
-                        grad_x,
-                        grad_input,
-                        grad_new_residual,
-                        seed,
-                        grad,
-                        normalised,
-                        scaling,
+                        grad_x, grad_input, grad_new_residual, seed, grad, normalised, scaling,
                         tl.load(sums + (number - first)),
                         tl.load(sums + (number - first + group)) if mean is not None else None,
                         row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
-                        row * row_length,
-                        row,
-                        column,
-                        mask,
-                        threshold,
-                        scale,
-                        VECTOR,
+                        row * row_length, row, column, mask, threshold, scale, VECTOR,
                         "evict_first",
                     )
             if GRAD_WEIGHT:
@@ -735,13 +525,7 @@ def backward_split_kernel(
 
 @kernel
 def finalise_kernel(
-    partials,
-    grad_weight,
-    grad_bias,
-    programs,
-    row_length,
-    pitch,
-    BLOCK_P: tl.constexpr,
+    partials, grad_weight, grad_bias, programs, row_length, pitch, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Sums the partial rows in their order, of grad_weight or (second grid axis) grad_bias.
@@ -806,6 +590,8 @@ def forward(
     launch = forward_launch(row_length, size, FORWARD_LIMIT)
     run = forward_split_kernel if launch.split else forward_kernel
     stored = None if residual is None else new_residual
+    strides = (input_strides, residual_strides)
+    vector = vector_width(row_length, strides, input, residual, weight, bias, output, stored)
     with on_device(input):
         run[(ceil_div(rows, launch.block_m),)](
             input,
@@ -824,16 +610,7 @@ def forward(
             eps,
             threshold,
             scale,
-            VECTOR=vector_width(
-                row_length,
-                (input_strides, residual_strides),
-                input,
-                residual,
-                weight,
-                bias,
-                output,
-                stored,
-            ),
+            VECTOR=vector,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             NUM_STAGES=launch.num_stages,
@@ -858,7 +635,7 @@ def backward(
     threshold: int,
     scale: float,
 ) -> None:
-    """Fills the gradients that are not empty; arguments as :func:`forward`, empty mean for RMSNorm."""
+    """Fills the gradients that are not empty; arguments as :func:`forward`'s."""
     wanted_x, wanted_input = _wanted(grad_x), _wanted(grad_input)
     wanted_weight, wanted_bias = _wanted(grad_weight), _wanted(grad_bias)
     sums = (wanted_weight is not None) + (wanted_bias is not None)
@@ -882,6 +659,8 @@ def backward(
     if sums or launch.split:
         size = programs * (sums * pitch + 2 * group)
         scratch = torch.empty(size, dtype=torch.float32, device=x.device)
+    tensors = (grad_output, grad_new_residual, x, weight, wanted_x, wanted_input)
+    vector = vector_width(row_length, strides, *tensors)
     run = backward_split_kernel if launch.split else backward_kernel
     with on_device(x):
         run[(programs,)](
@@ -906,16 +685,7 @@ def backward(
             group,
             GRAD_WEIGHT=wanted_weight is not None,
             GRAD_BIAS=wanted_bias is not None,
-            VECTOR=vector_width(
-                row_length,
-                strides,
-                grad_output,
-                grad_new_residual,
-                x,
-                weight,
-                wanted_x,
-                wanted_input,
-            ),
+            VECTOR=vector,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             NUM_STAGES=launch.num_stages,

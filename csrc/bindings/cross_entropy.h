@@ -9,7 +9,7 @@ namespace {
 
 double weight_sum_of(const std::optional<Tensor>& weight, int64_t classes, double smoothing) {
   if (!weight || smoothing == 0) return static_cast<double>(classes);
-  return cross_entropy_weight_sum(vector_of(*weight), classes);
+  return instruction_set().cross_entropy->weight_sum(vector_of(*weight), classes);
 }
 
 void fill_cross_entropy(CrossEntropy& problem, const Tensor& logits, const Tensor& target,
@@ -39,8 +39,8 @@ int64_t first_bad_target(const CrossEntropy& problem) {
   return -1;
 }
 
-// Returns loss, maximum, log_sum, denominator (empty unless kMean) and the first row with a target out
-// of range: then nothing was computed.
+// Returns loss, maximum, log_sum, denominator (empty unless kMean) and the first row with a target
+// out of range: then nothing was computed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> cross_entropy_forward_cpu(
     Tensor logits, Tensor target, std::optional<Tensor> weight, int64_t ignore_index,
     int64_t reduction, double smoothing, double softcap, double z_loss, bool every_lse,
@@ -49,12 +49,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> cross_entropy_forward_cpu(
   const ScalarType statistics = statistics_type(logits);
   const Tensor maximum = empty({rows}, statistics, logits);
   const Tensor log_sum = empty({rows}, statistics, logits);
-  const Tensor loss =
-      empty(reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, loss_dtype,
-            logits);
-  const Tensor denominator =
-      empty(reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0}, statistics,
-            logits);
+  const Tensor loss = empty(
+      reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, loss_dtype, logits);
+  const Tensor denominator = empty(
+      reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0}, statistics, logits);
   CrossEntropyForward problem;
   fill_cross_entropy(problem, logits, target, weight, maximum, log_sum, ignore_index, smoothing,
                      softcap, z_loss);

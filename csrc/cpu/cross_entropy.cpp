@@ -3,9 +3,10 @@
 //   forward    maximum of a block, sum of exponentials of the block     reads the logits once
 //   backward   writes (coefficient * exp(z - lse) - target's part)      reads once, writes once
 //
-// A row goes by in blocks that L1 holds, each met twice: once from memory for its maximum, once from
-// L1 for the sum of exponentials, while the block that follows is asked for. The running sum is
-// rescaled when a block has a new maximum, so memory sees every logit once whatever the row length.
+// A row goes by in blocks that L1 holds, each met twice: once from memory for its maximum, once
+// from L1 for the sum of exponentials, while the block that follows is asked for. The running sum
+// is rescaled when a block has a new maximum, so memory sees every logit once whatever the row
+// length.
 //
 // Arithmetic is in the compute type T (float, or double for fp64); M is a type in memory.
 #include "cross_entropy.h"
@@ -109,8 +110,7 @@ inline T largest(const M* x, int64_t n) {
     even = maximum(first, even);
     odd = maximum(second, odd);
   }
-  for (; i < n; i += width)
-    even = maximum(or_lowest<T>(load_some<T>(x + i, n - i), n - i), even);
+  for (; i < n; i += width) even = maximum(or_lowest<T>(load_some<T>(x + i, n - i), n - i), even);
   return horizontal_maximum<T>(maximum(odd, even));
 }
 
@@ -198,8 +198,8 @@ void forward_row(const CrossEntropyForward& args, int64_t row, const T* weight) 
   double loss = w * (1 - args.smoothing) * ((static_cast<double>(top) - at_target) + log_sum);
   if constexpr (S != Smoothing::none) {
     const double from_pivot = (static_cast<double>(top) - pivot) + log_sum;
-    loss += args.smoothing / static_cast<double>(n) *
-            (args.weight_sum * from_pivot - total.smoothing);
+    loss +=
+        args.smoothing / static_cast<double>(n) * (args.weight_sum * from_pivot - total.smoothing);
   }
   if (args.z_loss != 0) loss += w * args.z_loss * lse * lse;
   args.row_losses[row] = loss;
@@ -331,8 +331,8 @@ void backward_row(const CrossEntropyBackward& args, int64_t row, const T* weight
   int64_t head = 0;
   if (args.past_cache) {
     constexpr uintptr_t bytes = sizeof(M) * width;
-    head = static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(y) % bytes) % bytes /
-                                sizeof(M));
+    head =
+        static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(y) % bytes) % bytes / sizeof(M));
     head = head < n ? head : n;
   }
   const int64_t last = head + (n - head) / width * width;
@@ -376,8 +376,14 @@ void backward(const CrossEntropyBackward& args, int64_t begin, int64_t end) {
                                   : backward_rows<float>(args, begin, end);
 }
 
+double weight_sum(const Vector& weight, int64_t classes) {
+  double sum = 0;
+  for (int64_t i = 0; i < classes; ++i) sum += value_at(weight, i);
+  return sum;
+}
+
 }  // namespace
 
-extern const CrossEntropyCpu cross_entropy{forward, reduce, backward};
+extern const CrossEntropyCpu cross_entropy{forward, reduce, backward, weight_sum};
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -13,6 +13,8 @@ struct CrossEntropyCpu {
   void (*reduce)(const CrossEntropyForward& args);
   // Gradients of the rows [begin, end).
   void (*backward)(const CrossEntropyBackward& args, int64_t begin, int64_t end);
+  // Of all class weights.
+  double (*weight_sum)(const Vector& weight, int64_t classes);
 };
 
 #if defined(__x86_64__)

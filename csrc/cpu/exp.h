@@ -7,10 +7,12 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
+// maskz with all lanes: GCC 12 warns of its own headers' plain forms.
+
 // The larger of each lane; x where either is NaN.
 inline F32x maximum(F32x bound, F32x x) {
 #if defined(__AVX512F__)
-  return bit_cast<F32x>(_mm512_max_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+  return bit_cast<F32x>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(bound), bit_cast<__m512>(x)));
 #elif defined(__AVX2__)
   return bit_cast<F32x>(_mm256_max_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
 #else
@@ -22,7 +24,7 @@ inline F64x maximum(F64x bound, F64x x) { return bound > x ? bound : x; }
 // The smaller of each lane; x where either is NaN.
 inline F32x minimum(F32x bound, F32x x) {
 #if defined(__AVX512F__)
-  return bit_cast<F32x>(_mm512_min_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+  return bit_cast<F32x>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(bound), bit_cast<__m512>(x)));
 #elif defined(__AVX2__)
   return bit_cast<F32x>(_mm256_min_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
 #else
@@ -74,7 +76,7 @@ inline F32x exp(F32x x) {
   q = q * r + 0.5f;
   const F32x power = (q * r + 1.0f) * r + 1.0f;
 #if defined(__AVX512F__)
-  return bit_cast<F32x>(_mm512_scalef_ps(bit_cast<__m512>(power), bit_cast<__m512>(n)));
+  return bit_cast<F32x>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(power), bit_cast<__m512>(n)));
 #else
   const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
   return x < -87.3f ? F32x{} : power * scale;

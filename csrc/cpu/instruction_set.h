@@ -1,13 +1,17 @@
 // The kernels for the instruction set of this machine, all families.
 #pragma once
 
+#include "cross_entropy.h"
 #include "layer_norm.h"
+#include "softmax.h"
 
 namespace fastseq {
 
 struct InstructionSet {
   const char* name;
   const LayerNormCpu* layer_norm;
+  const CrossEntropyCpu* cross_entropy;
+  const SoftmaxCpu* softmax;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

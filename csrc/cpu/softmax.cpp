@@ -30,6 +30,7 @@ namespace {
 constexpr int kTile = 4;                   // vectors of a tile of columns
 constexpr int64_t kBuffer = 512 << 10;     // bytes a tile's buffer may take of L2
 constexpr int64_t kColumnBlock = 1 << 10;  // summands of a partial sum over a column
+constexpr int64_t kRowsAhead = 16;         // rows of a column to look ahead
 
 template <class T>
 inline T infinity() {
@@ -146,25 +147,23 @@ void with_mask(const RowMask& mask, int64_t row, F f) {
 }
 
 // What a mask makes of scores: -Inf where it takes them out, whatever they are, NaN included.
-template <class T>
-inline V<T> masked(V<T> scores, const uint8_t* mask, int64_t count) {
-  typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
-  Bytes bytes = {};
-  std::memcpy(&bytes, mask, static_cast<size_t>(count < lanes<T> ? count : lanes<T>));
-  const auto takes_part = __builtin_convertvector(bytes, typename Simd<T>::Mask) != 0;
-  return takes_part ? scores : splat(-infinity<T>());
-}
-
 template <class T, class B>
 inline V<T> masked(V<T> scores, const B* mask, int64_t count) {
-  const V<T> bias = load_some<T>(mask, count);
-  return bias == -infinity<T>() ? bias : scores + bias;
+  if constexpr (std::is_same_v<B, uint8_t>) {
+    typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
+    Bytes bytes = {};
+    std::memcpy(&bytes, mask, static_cast<size_t>(count < lanes<T> ? count : lanes<T>));
+    const auto takes_part = __builtin_convertvector(bytes, typename Simd<T>::Mask) != 0;
+    return takes_part ? scores : splat(-infinity<T>());
+  } else {
+    const V<T> bias = load_some<T>(mask, count);
+    return bias == -infinity<T>() ? bias : scores + bias;
+  }
 }
 
-// The masked scores of a row into the buffer; returns their maximum. Mask is null, or B the type of
-// its elements.
-template <class T, class M, class Masked>
-T scores_of(const M* x, T scale, T* buffer, int64_t n, const Ahead& ahead, Masked apply) {
+// scale * x as apply makes it into the buffer; returns the maximum.
+template <class T, class M, class Apply>
+T scores_of(const M* x, T scale, T* buffer, int64_t n, const Ahead& ahead, Apply apply) {
   constexpr int width = lanes<T>;
   V<T> most = splat(-infinity<T>());
   int64_t i = 0;
@@ -325,40 +324,228 @@ void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
 // ---- columns
 // --------------------------------------------------------------------------------------
 
-// Where the tile of a task lies in a tensor.
-template <class M>
-struct Tile {
-  M* data;
-  int64_t stride;  // between the elements of a column
-  Tile(const Rows& rows, int64_t outer, int64_t length, int64_t column) {
-    const int64_t row = outer * length;
-    char* const first = row_of(rows, row);
-    data = reinterpret_cast<M*>(first) + column;
-    stride = length == 1 ? 0 : (row_of(rows, row + 1) - first) / int64_t(sizeof(M));
-  }
-  M* operator[](int64_t i) const { return data + i * stride; }
-};
+// Columns side by side, those of one task or fewer: count lanes, of which Vectors vectors are full or
+// the only one is not.
+template <class T, int Vectors>
+struct Columns {
+  static constexpr int vectors = Vectors;
+  static constexpr int64_t width = Vectors * lanes<T>;
+  int64_t outer, first, count;
 
-// How many columns, of which the last vector's only some are its own: a tile at the right edge that
-// has whole vectors to its left begins earlier, so as to read whole vectors, and a narrow one reads
-// few lanes.
-template <class T>
-struct Lanes {
-  int64_t columns;  // 1 to kTile * lanes
-  V<T> read(const float* p, int k) const { return get(p, k); }
+  // The element row i of these columns lies at data + i * stride.
   template <class M>
-  V<T> get(const M* p, int k) const {
-    return load_some<T>(p + k * lanes<T>, columns - k * lanes<T>);
+  struct Place {
+    M* data;
+    int64_t stride;
+    M* operator[](int64_t i) const { return data + i * stride; }
+  };
+  template <class M>
+  Place<M> place(const Rows& rows, int64_t length) const {
+    char* const data = row_of(rows, outer * length);
+    const int64_t bytes = length == 1 ? 0 : row_of(rows, outer * length + 1) - data;
+    return {reinterpret_cast<M*>(data) + first, bytes / static_cast<int64_t>(sizeof(M))};
+  }
+  template <class M>
+  V<T> read(const M* p, int k) const {
+    if constexpr (Vectors > 1) return load(p + k * lanes<T>);
+    return load_some<T>(p, count);
+  }
+
+  // Calls take(i - begin, k, vector) for every vector of the rows [begin, end).
+  template <class Take>
+  void each(const Rows& rows, int64_t length, int64_t begin, int64_t end, Take take) const {
+    with_type<T>(rows.dtype, [&](auto* type) {
+      const auto x = place<std::remove_pointer_t<decltype(type)>>(rows, length);
+      for (int64_t i = begin; i < end; ++i) {
+        // The hardware follows no stride past a page.
+        if (Vectors > 1) __builtin_prefetch(x[i + kRowsAhead], 0, 2);
+#pragma GCC unroll 4
+        for (int k = 0; k < Vectors; ++k) take(i - begin, k, read(x[i], k));
+      }
+    });
+  }
+
+  // Writes value(i - begin, k) to every vector of the rows [begin, end).
+  template <class Value>
+  void write(const Rows& rows, int64_t length, int64_t begin, int64_t end, bool past_cache,
+             Value value) const {
+    with_type<T>(rows.dtype, [&](auto* type) {
+      using M = std::remove_pointer_t<decltype(type)>;
+      const auto y = place<M>(rows, length);
+      constexpr int64_t vector = lanes<T> * sizeof(M);
+      const bool streams = past_cache && Vectors > 1 &&
+                           reinterpret_cast<uintptr_t>(y.data) % vector == 0 &&
+                           y.stride * static_cast<int64_t>(sizeof(M)) % vector == 0;
+      for (int64_t i = begin; i < end; ++i)
+#pragma GCC unroll 4
+        for (int k = 0; k < Vectors; ++k) {
+          const V<T> v = value(i - begin, k);
+          if (streams)
+            stream(y[i] + k * lanes<T>, v);
+          else if (Vectors > 1)
+            store(y[i] + k * lanes<T>, v);
+          else
+            store_some<T>(y[i], v, count);
+        }
+    });
   }
 };
 
-// Runs f(vectors, columns) with a constant number of vectors: kTile of them whole, or one at a time.
-template <class T, class F>
-void for_vectors(int64_t columns, F f) {
-  if (columns >= kTile * lanes<T>) return f(std::integral_constant<int, kTile>(), int64_t(0), columns);
-  for (int64_t begin = 0; begin < columns; begin += lanes<T>)
-    f(std::integral_constant<int, 1>(), begin, columns - begin);
+// A sum over rows in partial sums of kColumnBlock, whose error bounds that of the whole.
+template <class T, int Vectors>
+struct ColumnSum {
+  V<T> total[Vectors] = {};
+  template <class Summand>
+  void add(int64_t rows, Summand summand) {
+    for (int64_t begin = 0; begin < rows; begin += kColumnBlock) {
+      const int64_t end = begin + kColumnBlock < rows ? begin + kColumnBlock : rows;
+      V<T> partial[Vectors] = {};
+      for (int64_t i = begin; i < end; ++i)
+#pragma GCC unroll 4
+        for (int k = 0; k < Vectors; ++k) partial[k] += summand(i, k);
+      for (int k = 0; k < Vectors; ++k) total[k] += partial[k];
+    }
+  }
+};
+
+template <class T, int Vectors, bool Log>
+void forward_columns(const SoftmaxForward& args, const Columns<T, Vectors>& columns) {
+  constexpr int64_t width = Columns<T, Vectors>::width;
+  const int64_t n = args.length, capacity = kBuffer / (width * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = n < capacity ? n : capacity;
+  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(block * width) * sizeof(T)));
+  const auto at = [buffer](int64_t i, int k) { return buffer + i * width + k * lanes<T>; };
+  const bool whole = n == block;
+
+  V<T> most[Vectors];
+  for (int k = 0; k < Vectors; ++k) most[k] = splat(-infinity<T>());
+  const auto read = [&](int64_t begin, int64_t end) {
+    columns.each(args.input, n, begin, end, [&](int64_t i, int k, V<T> v) { store(at(i, k), v); });
+  };
+  columns.each(args.input, n, 0, n, [&](int64_t i, int k, V<T> v) {
+    most[k] = maximum(most[k], v);
+    if (whole) store(at(i, k), v);
+  });
+
+  ColumnSum<T, Vectors> sum;
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = begin + block < n ? begin + block : n;
+    if (!whole) read(begin, end);
+    sum.add(end - begin, [&](int64_t i, int k) {
+      const V<T> shifted = load(at(i, k)) - most[k];
+      const V<T> power = exp(shifted);
+      if (whole) store(at(i, k), Log ? shifted : power);
+      return power;
+    });
+  }
+
+  V<T> factor[Vectors];
+  for (int k = 0; k < Vectors; ++k)
+    factor[k] = Log ? log<T>(sum.total[k]) : T(1) / sum.total[k];
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = begin + block < n ? begin + block : n;
+    if (!whole) read(begin, end);
+    columns.write(args.output, n, begin, end, args.past_cache, [&](int64_t i, int k) {
+      V<T> v = load(at(i, k));
+      if (!whole) v = Log ? v - most[k] : exp(v - most[k]);
+      return Log ? v - factor[k] : v * factor[k];
+    });
+  }
+}
+
+template <class T, int Vectors, Kind K>
+void backward_columns(const SoftmaxBackward& args, const Columns<T, Vectors>& columns) {
+  constexpr int64_t width = Columns<T, Vectors>::width;
+  const int64_t n = args.length, capacity = kBuffer / (2 * width * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = n < capacity ? n : capacity;
+  T* const buffer =
+      static_cast<T*>(thread_scratch(static_cast<size_t>(2 * block * width) * sizeof(T)));
+  const auto grad = [buffer](int64_t i, int k) { return buffer + 2 * i * width + k * lanes<T>; };
+  const auto y = [grad](int64_t i, int k) { return grad(i, k) + width; };
+  const auto read = [&](int64_t begin, int64_t end) {
+    columns.each(args.grad_output, n, begin, end,
+                 [&](int64_t i, int k, V<T> v) { store(grad(i, k), v); });
+    columns.each(args.output, n, begin, end, [&](int64_t i, int k, V<T> v) { store(y(i, k), v); });
+  };
+
+  ColumnSum<T, Vectors> sum;
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = begin + block < n ? begin + block : n;
+    read(begin, end);
+    sum.add(end - begin,
+            [&](int64_t i, int k) { return summand<T, K>(load(grad(i, k)), load(y(i, k))); });
+  }
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = begin + block < n ? begin + block : n;
+    if (n != block) read(begin, end);
+    columns.write(args.grad_input, n, begin, end, args.past_cache, [&](int64_t i, int k) {
+      return gradient<T, K>(load(grad(i, k)), load(y(i, k)), sum.total[k], T(1));
+    });
+  }
+}
+
+// Runs solve on the columns of the tasks [begin, end).
+template <class T, class Solve>
+void for_columns(int64_t inner, int64_t begin, int64_t end, Solve solve) {
+  constexpr int64_t width = kTile * lanes<T>;
+  const int64_t tiles = (inner + width - 1) / width;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t outer = task / tiles;
+    int64_t first = task % tiles * width;
+    const int64_t last = first + width < inner ? first + width : inner;
+    if (last - first == width) {
+      solve(Columns<T, kTile>{outer, first, width});
+      continue;
+    }
+    for (; first < last; first += lanes<T>) solve(Columns<T, 1>{outer, first, last - first});
+  }
+  fence();
+}
+
+// ---- what to run
+// ----------------------------------------------------------------------------------
+
+template <class T, bool Log>
+void forward_all(const SoftmaxForward& args, int64_t begin, int64_t end) {
+  if (args.masked) return forward_masked<T>(args, begin, end);
+  if (args.inner == 1) return forward_rows<T, Log>(args, begin, end);
+  for_columns<T>(args.inner, begin, end, [&args](const auto& columns) {
+    forward_columns<T, std::decay_t<decltype(columns)>::vectors, Log>(args, columns);
+  });
+}
+
+void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
+  if (args.input.dtype == DType::f64)
+    args.log ? forward_all<double, true>(args, begin, end)
+             : forward_all<double, false>(args, begin, end);
+  else
+    args.log ? forward_all<float, true>(args, begin, end)
+             : forward_all<float, false>(args, begin, end);
+}
+
+template <class T, Kind K>
+void backward_all(const SoftmaxBackward& args, int64_t begin, int64_t end) {
+  if (args.inner == 1) return backward_rows<T, K>(args, begin, end);
+  if constexpr (K != Kind::masked)
+    for_columns<T>(args.inner, begin, end, [&args](const auto& columns) {
+      backward_columns<T, std::decay_t<decltype(columns)>::vectors, K>(args, columns);
+    });
+}
+
+template <class T>
+void backward_of(const SoftmaxBackward& args, int64_t begin, int64_t end) {
+  if (args.log) return backward_all<T, Kind::log_softmax>(args, begin, end);
+  if (args.masked) return backward_all<T, Kind::masked>(args, begin, end);
+  backward_all<T, Kind::softmax>(args, begin, end);
+}
+
+void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
+  args.output.dtype == DType::f64 ? backward_of<double>(args, begin, end)
+                                  : backward_of<float>(args, begin, end);
 }
 
 }  // namespace
+
+extern const SoftmaxCpu softmax{kTile * FASTSEQ_VECTOR_BYTES / 4, forward, backward};
+
 }  // namespace fastseq::FASTSEQ_ISA

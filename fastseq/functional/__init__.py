@@ -1,5 +1,16 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
+from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .softmax import log_softmax, masked_softmax, softmax
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "cross_entropy",
+    "layer_norm",
+    "log_softmax",
+    "masked_softmax",
+    "rms_norm",
+    "softmax",
+]

@@ -2,12 +2,25 @@
 
 import torch
 
+from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .softmax import LogSoftmax, Softmax
 
 #: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
 DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.CrossEntropyLoss: CrossEntropyLoss,
     torch.nn.LayerNorm: LayerNorm,
+    torch.nn.LogSoftmax: LogSoftmax,
     torch.nn.RMSNorm: RMSNorm,
+    torch.nn.Softmax: Softmax,
 }
 
-__all__ = ["AddLayerNorm", "AddRMSNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "LogSoftmax",
+    "RMSNorm",
+    "Softmax",
+]

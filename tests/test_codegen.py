@@ -1,0 +1,106 @@
+"""What the Triton kernels compile to on GPUs that are not there: registers, spills, wide accesses.
+
+Compiling cannot share a process with the interpreter, so ``python tests/codegen`` does it. After
+a deliberate change, ``python tests/codegen --record`` rewrites the figures under its Triton's
+version; under a version without figures the other checks remain.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from fastseq.kernels.common import shared_memory_limit
+from fastseq.kernels.layer_norm import BACKWARD_LIMIT, backward_launch
+
+HERE = Path(__file__).resolve().parent / "codegen"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+RECORDED = json.loads((HERE / "recorded.json").read_text()).get(VERSION, {})
+
+#: Registers the compiler may take beyond those recorded.
+SLACK = 8
+
+
+def _measure(*options: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE), *options]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=3000
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=["selection", pytest.param("full", marks=pytest.mark.slow)])
+def usages(request: pytest.FixtureRequest) -> list[dict]:
+    measured = _measure(*(["--full"] if request.param == "full" else []))
+    assert len({usage["kernel"] for usage in measured}) >= 5
+    assert {usage["architecture"] for usage in measured} == {80, 90, 100}
+    return measured
+
+
+def _offenders(usages: list[dict], holds) -> str:
+    return "\n".join(str(usage) for usage in usages if not holds(usage))
+
+
+def test_shared_memory_is_within_the_chips_limit(usages):
+    assert not _offenders(
+        usages, lambda u: u["shared_bytes"] <= shared_memory_limit(u["architecture"])
+    )
+
+
+def test_nothing_spills(usages):
+    """No local memory, but for what is recorded of kernels at the limit of 64 or 128 registers.
+
+    There the compiler moves a few registers out of the way once a tile; one program less on every
+    SM, the alternative, would cost far more. It must stay below 3% of the instructions.
+    """
+
+    def holds(usage: dict) -> bool:
+        _, recorded, *_ = RECORDED.get(usage["key"], (0, 30))
+        accesses = usage["local_accesses"]
+        return accesses <= recorded and accesses <= 0.03 * usage["instructions"]
+
+    assert not _offenders(usages, holds)
+
+
+def test_rows_are_accessed_by_16_bytes(usages):
+    kernels = [usage for usage in usages if usage["kernel"] != "finalise_kernel"]
+    assert not _offenders(kernels, lambda u: u["wide_loads"] > 0 and u["wide_stores"] > 0)
+
+    def holds(usage: dict) -> bool:
+        _, _, loads, stores = RECORDED.get(usage["key"], (0, 0, 1, 1))
+        return usage["wide_loads"] >= loads and usage["wide_stores"] >= stores
+
+    assert not _offenders(kernels, holds)
+
+
+def test_registers_are_not_above_the_recorded_figure(usages):
+    if not RECORDED:
+        pytest.skip(f"no figures recorded for Triton {VERSION}")
+    missing = [usage["key"] for usage in usages if usage["key"] not in RECORDED]
+    assert not missing, "record them: python tests/codegen --record"
+    assert not _offenders(usages, lambda u: u["registers"] <= RECORDED[u["key"]][0] + SLACK)
+
+
+def test_programs_of_the_backward_are_all_resident(usages):
+    """The persistent backward launches as many programs as an SM is meant to hold: it must."""
+
+    def holds(usage: dict) -> bool:
+        row_length = int(usage["key"].split()[-1])
+        launch = backward_launch(row_length, 4, usage["architecture"], BACKWARD_LIMIT)
+        registers = -(-usage["registers"] // 8) * 8  # allotted by eights
+        return launch.programs * usage["threads"] * registers <= 65536
+
+    backward = [u for u in usages if u["kernel"] in ("backward_kernel", "backward_split_kernel")]
+    assert backward
+    assert not _offenders(backward, holds)
