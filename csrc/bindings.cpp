@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
       "Tensor? weight, Tensor maximum, Tensor log_sum, Tensor denominator, int ignore_index, "
       "float label_smoothing, float softcap, float z_loss) -> Tensor");
+  m.def("sample(Tensor logits, Tensor seed, int first_row, float temperature) -> Tensor");
   m.def(
       "softmax_forward(Tensor input, int length, int inner, bool log, ScalarType output_dtype) -> "
       "Tensor");
@@ -63,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cpu));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastseq::cross_entropy_forward_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&fastseq::cross_entropy_backward_cpu));
+  m.impl("sample", TORCH_BOX(&fastseq::sample_cpu));
   m.impl("softmax_forward", TORCH_BOX(&fastseq::softmax_forward_cpu));
   m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
   m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));

@@ -52,4 +52,16 @@ struct CrossEntropyBackward : CrossEntropy {
   bool past_cache = false;  // the gradient is larger than the cache (CPU)
 };
 
+// A class for every row, drawn with the probabilities softmax(logits / temperature): the first of
+// the largest of logits / temperature - log(E), E an exponential variable of (seed, row, class). -1
+// for a row without a logit above -Inf.
+struct Sample {
+  int64_t rows = 0, classes = 0;
+  Rows logits;  // fp32, fp16 or bf16
+  const int64_t* seed = nullptr;
+  int64_t first_row = 0;  // the number of row 0
+  double temperature = 1;
+  int64_t* tokens = nullptr;  // [rows]
+};
+
 }  // namespace fastseq

@@ -2,7 +2,8 @@
 //
 //   softmax         y = exp(x - max) / sum(exp(x - max))
 //   log_softmax     y = x - max - log(sum(exp(x - max)))
-//   masked_softmax  softmax of scale * x + mask over the columns that take part; 0 in the others, and
+//   masked_softmax  softmax of scale * x + mask over the columns that take part; 0 in the others,
+//   and
 //                   everywhere in a row without any
 //
 // Statistics and all arithmetic are fp32 (fp64 where the input is fp64).
@@ -42,7 +43,8 @@ struct SoftmaxForward {
   bool past_cache = false;  // the output is larger than the cache: store without keeping (CPU)
 };
 
-//   softmax      grad_input = scale * y * (grad - sum(grad * y)); with masked, what is 0 in y takes no
+//   softmax      grad_input = scale * y * (grad - sum(grad * y)); with masked, what is 0 in y takes
+//   no
 //                part, whatever its gradient
 //   log_softmax  grad_input = grad - exp(y) * sum(grad)
 struct SoftmaxBackward {

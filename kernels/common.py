@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from inspect import signature
@@ -102,25 +102,24 @@ def row_strides(tensor: Tensor | None, row_length: int) -> RowStrides:
     return RowStrides(inner, outer_stride, stride)
 
 
-def vector_width(row_length: int, strides: tuple[RowStrides, ...], *tensors: Tensor | None) -> int:
-    """Consecutive elements every access may take: up to 16 bytes of the narrowest dtype.
+def vector_width(row_length: int, strides: Iterable[RowStrides], *tensors: Tensor | None) -> int:
+    """Consecutive elements that every access may take together: 8, 4, 2 or 1.
 
     It divides the row length and all strides, and every tensor begins on a multiple of that many
-    elements or of 16 bytes. Kernels promise it to the compiler by :func:`aligned` and compile once
-    per width: Triton's own specialisation asks for multiples of 16 *elements*, which a bf16 row of
-    760 is not though it can be read in vectors, and would compile each mixture of alignments anew.
+    elements or of 16 bytes, the widest access. Kernels promise it to the compiler by
+    :func:`aligned` and compile once per width: Triton's own specialisation asks for multiples of 16
+    *elements*, which a bf16 row of 760 is not though it can be read in vectors, and would compile
+    each mixture of alignments anew.
     """
-    bits, narrowest = row_length, 16
+    bits = row_length | 8
     for inner, outer_stride, stride in strides:
         bits |= stride
         if inner is not None:
             bits |= outer_stride
     for tensor in tensors:
-        if tensor is not None:
-            size = tensor.element_size()
-            bits |= tensor.data_ptr() % 16 // size
-            narrowest = min(narrowest, size)
-    return min(bits & -bits, 16 // narrowest)
+        if tensor is not None and (address := tensor.data_ptr()) & 15:
+            bits |= (address & 15) // tensor.element_size()
+    return bits & -bits
 
 
 def kernel(function: Callable[..., None]) -> Any:

@@ -12,22 +12,22 @@ Backward, with ``p = exp(z - lse)`` and a gradient ``g`` of the row's loss::
              - g * s / C * w - g * w[t] * (1 - s) * [c = t]
     grad_x = grad_z * (1 - (z / softcap)^2)
 
-Least traffic and time for 8192 rows of 128256 in bf16 (2.1 GB of logits), at the datasheet's 4.8 TB/s
-(at the 4.3 TB/s a copy attains)::
+Least traffic and time for 8192 rows of 128256 in bf16 (2.1 GB of logits), at the datasheet's 4.8
+TB/s (at the 4.3 TB/s a copy attains)::
 
     forward      read the logits                  2.1 GB    438 us (489)
     backward     read them, write the gradient    4.2 GB    876 us (977)
 
-An exponential an element is all the arithmetic that counts: 132 SMs deliver 132 * 16 * 1.7e9 = 3.6e12 a
-second, memory 2.1e12 bf16 logits. So forward may take one exponential an element, not the two of an
-online sum that every lane keeps for itself: the maximum of a tile is shared first, and the sum so
-far rescaled once a tile.
+An exponential an element is all the arithmetic that counts: 132 SMs deliver 132 * 16 * 1.7e9 =
+3.6e12 a second, memory 2.1e12 bf16 logits. So forward may take one exponential an element, not the
+two of an online sum that every lane keeps for itself: the maximum of a tile is shared first, and
+the sum so far rescaled once a tile.
 
 Forward gives a row to one program, which loops over tiles of it; ignored rows are not read. The
-backward has no sums at all, and its grid is tiles: rows times column blocks. No atomics; the shape of
-a tile depends on the number of classes and the dtype alone, so results are bitwise reproducible and a
-row's do not depend on the rows around it. A row whose target is out of range gets NaN, and nothing is
-read or written out of bounds for it.
+backward has no sums at all, and its grid is tiles: rows times column blocks. No atomics; the shape
+of a tile depends on the number of classes and the dtype alone, so results are bitwise reproducible
+and a row's do not depend on the rows around it. A row whose target is out of range gets NaN, and
+nothing is read or written out of bounds for it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def forward_launch(classes: int, element_size: int) -> Launch:
 
 @cache
 def backward_launch(classes: int) -> Launch:
-    """The launch of the backward: 8 elements a thread, 32 registers of data, all SMs full of warps."""
+    """The launch of the backward: 8 elements a thread, so that SMs are full of warps."""
     block_n = min(2048, max(8, next_power_of_2(classes)))
     block_m = max(1, 256 // block_n)
     return Launch(block_m, block_n, max(1, block_m * block_n // 256))
@@ -91,7 +91,7 @@ def backward_launch(classes: int) -> Launch:
 
 @triton.jit
 def _tanh(x):
-    """Below 0.6 by x + x^3 q(x^2), q Chebyshev's fit, where 1 - 2 / (e^2x + 1) would lose digits."""
+    """Below 0.6 by a polynomial (Chebyshev's fit), where 1 - 2 / (e^2x + 1) would lose digits."""
     square = x * x
     q = square * 0.0022692361 - 0.0083228936
     q = q * square + 0.0217623860
@@ -216,7 +216,7 @@ def forward_kernel(
 def reduce_kernel(
     row_loss, row_weight, loss, denominator, rows, BLOCK: tl.constexpr, NUM_STAGES: tl.constexpr
 ):
-    """The sum of the row losses, or their mean; one program, so that the order is always the same."""
+    """The sum of the row losses, or their mean; one program, so that the order is fixed."""
     total = tl.zeros([BLOCK], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)

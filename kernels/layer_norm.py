@@ -155,10 +155,11 @@ PARTIAL_VECTOR = tl.constexpr(4)
 
 
 @triton.jit
-def _load(pointer, row_start, column, mask, VECTOR: tl.constexpr, EVICT: tl.constexpr = ""):
-    """A tile of rows that begin at ``row_start`` in fp32; 0 where masked."""
+def _load(pointer, row_start, column, mask, VECTOR: tl.constexpr, LAST: tl.constexpr = False):
+    """A tile of rows that begin at ``row_start`` in fp32; 0 where masked. LAST: the last read."""
     pointers = aligned(pointer, row_start, column, VECTOR)
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -206,6 +207,13 @@ def _form_x(
 
 
 @triton.jit
+def _reciprocal_root(x):
+    """``1 / sqrt(x)``; the hardware's takes what is below 1.2e-38 (eps of 0, tiny rows) for 0."""
+    tiny = x < 1e-30
+    return tl.rsqrt(tl.where(tiny, x * 2.0**64, x)) * tl.where(tiny, 2.0**32, 1.0)
+
+
+@triton.jit
 def _write_output(
     output, weight, bias, x, mean, rstd, start, column, column_mask, mask, VECTOR: tl.constexpr
 ):
@@ -250,7 +258,7 @@ def forward_kernel(
         average = tl.div_rn(tl.sum(x, 1), length)
         centred = tl.where(column_exists, x - average[:, None], 0.0)
         tl.store(mean + row, average, mask=row_exists)
-    scaling = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), length) + eps)
+    scaling = _reciprocal_root(tl.sum(centred * centred, 1) / length + eps)
     tl.store(rstd + row, scaling, mask=row_exists)
     _write_output(
         output, weight, bias, x, average, scaling, row * row_length, column, column_exists, mask,
@@ -306,30 +314,30 @@ def forward_split_kernel(
         distance = lane_mean - average[:, None]
         lane_squares += distance * distance * count
         tl.store(mean + row, average)
-    scaling = tl.rsqrt(tl.div_rn(tl.sum(lane_squares, 1), length) + eps)
+    scaling = _reciprocal_root(tl.sum(lane_squares, 1) / length + eps)
     tl.store(rstd + row, scaling)
 
     tl.debug_barrier()  # other threads' new_residual is read below
     for tile in tl.range(0, tiles, num_stages=NUM_STAGES):
         column, mask = _columns((tiles - 1 - tile) * BLOCK_N, row_length, VECTOR, BLOCK_N)
         if residual is None:
-            x = _load(input, input_start, column, mask, VECTOR, "evict_first")
+            x = _load(input, input_start, column, mask, VECTOR, True)
         else:
-            x = _load(new_residual, start, column, mask, VECTOR, "evict_first")
+            x = _load(new_residual, start, column, mask, VECTOR, True)
         _write_output(output, weight, bias, x, average, scaling, start, column, mask, mask, VECTOR)
 
 
 @triton.jit
 def _gradient(
     grad_output, x, mean, rstd, grad_start, x_start, row, row_exists, column, mask,
-    NEEDS_X: tl.constexpr, VECTOR: tl.constexpr, EVICT: tl.constexpr = "",
+    NEEDS_X: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr = False,
 ):
     """grad_output and the normalised x (0 where only grad_bias is asked for), with rstd ``[M]``."""
-    grad = _load(grad_output, grad_start, column, mask, VECTOR, EVICT)
+    grad = _load(grad_output, grad_start, column, mask, VECTOR, LAST)
     scaling = tl.load(rstd + row, mask=row_exists, other=0.0)
     normalised = tl.zeros_like(grad)
     if NEEDS_X:
-        normalised = _load(x, x_start, column, mask, VECTOR, EVICT)
+        normalised = _load(x, x_start, column, mask, VECTOR, LAST)
         if mean is not None:
             normalised -= tl.load(mean + row, mask=row_exists, other=0.0)[:, None]
         normalised *= scaling[:, None]
@@ -340,7 +348,7 @@ def _gradient(
 def _write_gradients(
     grad_x, grad_input, grad_new_residual, seed, scaled, normalised, scaling, slope, offset,
     residual_start, start, row, column, mask, threshold, scale, VECTOR: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr = False,
 ):
     """``rstd * (g - offset - n * slope) + grad_new_residual``, and the dropout of that."""
     gradient = scaled
@@ -348,7 +356,7 @@ def _write_gradients(
         gradient -= offset[:, None]
     gradient = (gradient - normalised * slope[:, None]) * scaling[:, None]
     if grad_new_residual is not None:
-        gradient += _load(grad_new_residual, residual_start, column, mask, VECTOR, EVICT)
+        gradient += _load(grad_new_residual, residual_start, column, mask, VECTOR, LAST)
     if grad_x is not None:
         _store(grad_x, start, column, gradient, mask, VECTOR)
     if grad_input is not None:
@@ -500,7 +508,7 @@ def backward_split_kernel(
                     grad_output, x, mean, rstd,
                     row_offsets(row, grad_inner, grad_outer_stride, grad_stride),
                     row_offsets(row, x_inner, x_outer_stride, x_stride), row, row_exists, column,
-                    mask, GRAD or GRAD_WEIGHT, VECTOR, "evict_first",
+                    mask, GRAD or GRAD_WEIGHT, VECTOR, True,
                 )
                 if GRAD_WEIGHT:
                     weight_sum += grad * normalised
@@ -515,7 +523,7 @@ def backward_split_kernel(
                         tl.load(sums + (number - first + group)) if mean is not None else None,
                         row_offsets(row, residual_inner, residual_outer_stride, residual_stride),
                         row * row_length, row, column, mask, threshold, scale, VECTOR,
-                        "evict_first",
+                        True,
                     )
             if GRAD_WEIGHT:
                 _store(scratch, weight_row, column, weight_sum, mask, PARTIAL_VECTOR)
@@ -648,7 +656,9 @@ def backward(
     )
     rows = rstd.numel()
     device = device_of(x)
-    streams = sum(t.element_size() for t in (grad_output, grad_new_residual, x) if t is not None)
+    streams = grad_output.element_size() + x.element_size()
+    if grad_new_residual is not None:
+        streams += grad_new_residual.element_size()
     launch = backward_launch(row_length, streams, device.architecture, BACKWARD_LIMIT)
     resident = device.multiprocessors * launch.programs
     programs = min(ceil_div(rows, launch.block_m), resident)

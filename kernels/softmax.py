@@ -12,8 +12,8 @@ Backward, from the output alone::
 Both are bound by memory: some 10 instructions and one exponential an element, where an H200 could
 issue 27 and 3.4 (16 a clock and SM) in the time that its memory takes to deliver a bf16 element and
 take the result. So a tile is read once, in 16-byte accesses, and stays in registers until it is
-written. Least traffic and time for 8192 rows of 4096 in bf16, at the datasheet's 4.8 TB/s (at the 4.3
-TB/s a copy attains)::
+written. Least traffic and time for 8192 rows of 4096 in bf16, at the datasheet's 4.8 TB/s (at the
+4.3 TB/s a copy attains)::
 
     forward     read x, write output                     134 MB   28 us (31)
     backward    read output and grad, write grad_input   201 MB   42 us (47)
@@ -23,9 +23,10 @@ What does not fit the registers of one program is read twice, the second time fr
 is likeliest to have it still. The first sweep keeps a maximum and a sum for every lane of the tile,
 one exponential an element, and merges the lanes at the end (Milakov & Gimelshein 2018).
 
-Along a dimension that is not the last, a tile has neighbouring columns in its first dimension: those
-are what lies side by side in memory, so accesses are as wide and nothing is transposed. The arithmetic
-is the same; the compiler lays threads along the dimension whose addresses are consecutive.
+Along a dimension that is not the last, a tile has neighbouring columns in its first dimension:
+those are what lies side by side in memory, so accesses are as wide and nothing is transposed. The
+arithmetic is the same; the compiler lays threads along the dimension whose addresses are
+consecutive.
 
 A tile's shape depends on lengths and dtypes alone, and there are no atomics: results are bitwise
 reproducible, and a row's do not depend on the rows around it.
@@ -98,8 +99,8 @@ def rows_launch(length: int, element_size: int, limit: int) -> Launch:
 @cache
 def columns_launch(length: int, inner: int, element_size: int, limit: int) -> Launch:
     """Along another dimension, with ``inner`` elements behind it."""
-    # A row of the tile is one cache line of 128 bytes, or two where the columns are short: wider, and
-    # fewer elements of a column would fit.
+    # A row of the tile is one cache line of 128 bytes, or two where the columns are short: wider,
+    # and # fewer elements of a column would fit.
     block_m = min(128 // element_size, max(8, next_power_of_2(inner)))
     block_n = max(8, next_power_of_2(length))
     if block_n <= 32 and inner > block_m:
@@ -116,7 +117,7 @@ def columns_launch(length: int, inner: int, element_size: int, limit: int) -> La
 
 @triton.jit
 def _program(count, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a program is for: the number of its outer slice, and those of its rows or columns ``[M]``.
+    """What a program is for: the number of its outer slice, and of its rows or columns ``[M]``.
 
     Rows are counted from 0 in all; columns within their slice, of which each has ``count``.
     """
@@ -224,12 +225,12 @@ def _finish(z, largest, total, LOG: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _finite(largest):
-    """What to subtract: 0 where all is -inf, so that -inf - -inf makes no NaN of a sum that is 0."""
+    """What to subtract: 0 where all is -inf, as -inf - -inf would make NaN of a sum that is 0."""
     return tl.where(largest == -float("inf"), 0.0, largest)
 
 
 @kernel
-def forward_kernel(
+def softmax_forward_kernel(
     input, mask, output,
     input_inner, input_outer_stride, input_stride,
     count, length, pitch,
@@ -305,7 +306,9 @@ def _pair(
 ):  # fmt: skip
     """The gradient and the softmax of a tile."""
     grad = _load(grad_output, grad_start, number, grad_stride, exists, 0.0, VECTOR, COLUMNS, EVICT)
-    y = _load(output, start, number, stride, exists, -float("inf") if LOG else 0.0, VECTOR, COLUMNS, EVICT)
+    y = _load(
+        output, start, number, stride, exists, -float("inf") if LOG else 0.0, VECTOR, COLUMNS, EVICT
+    )
     if LOG:
         y = tl.exp2(y * _LOG2_E)
     if MASKED:  # what takes no part may have any gradient, NaN included
@@ -325,7 +328,7 @@ def _gradient(grad, y, total, scale, LOG: tl.constexpr, MASKED: tl.constexpr):
 
 
 @kernel
-def backward_kernel(
+def softmax_backward_kernel(
     grad_output, output, grad_input,
     grad_inner, grad_outer_stride, grad_stride,
     output_inner, output_outer_stride, output_stride,
@@ -411,8 +414,8 @@ def masked_forward(
 
     Args:
         input, output: as :func:`forward`, along the last dimension.
-        mask: a view ``[*, *, *, length]`` whose leading dimensions are the rows, broadcast by strides
-            of 0; boolean or additive.
+        mask: a view ``[*, *, *, length]`` whose leading dimensions are the rows, broadcast by
+            strides of 0; boolean or additive.
         queries: row r sees the columns up to ``r % queries + causal_offset``; 0: all.
     """
     length = output.shape[-1]
@@ -457,7 +460,7 @@ def _forward(
     limit = LIMIT // 2 if mask is not None else LIMIT
     launch = _launch(length, inner, max(input.element_size(), output.element_size()), limit)
     with on_device(input):
-        forward_kernel[_grid(output.numel(), length, inner, launch)](
+        softmax_forward_kernel[_grid(output.numel(), length, inner, launch)](
             input,
             mask,
             output,
@@ -501,7 +504,7 @@ def backward(
     strides = row_strides(grad_output, row_length), row_strides(output, row_length)
     launch = _launch(length, inner, output.element_size(), LIMIT // 2)
     with on_device(output):
-        backward_kernel[_grid(output.numel(), length, inner, launch)](
+        softmax_backward_kernel[_grid(output.numel(), length, inner, launch)](
             grad_output,
             output,
             grad_input,

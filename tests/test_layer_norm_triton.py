@@ -159,7 +159,7 @@ def test_vector_width():
 
     x = torch.empty(4, 768, dtype=torch.bfloat16)
     assert width(x) == 8
-    assert width(x.float()) == 4
+    assert width(x.float()) == 8
     assert width(x, x.float()) == 8
     assert width(torch.empty(4, 769)) == 1
     assert width(torch.empty(4, 760, dtype=torch.bfloat16)) == 8  # no multiple of 16
@@ -180,3 +180,15 @@ def test_launches_cover_a_row(row_length):
             )
             assert launch.split or launch.block_n >= row_length
             assert launch.programs * launch.num_warps <= 64
+
+
+@needs_interpreter
+@pytest.mark.parametrize("length", [40, 200])
+def test_rows_too_small_for_a_normal_variance(short_limits, length):
+    """With an eps of 0 the variance may be subnormal, and takes the scaled reciprocal root."""
+    x = torch.randn(3, length) * 1e-20
+    with fastseq.use_backend("triton"):
+        output = functional.layer_norm(x, (length,), eps=0.0)
+    expected = torch.nn.functional.layer_norm(x.double(), (length,), eps=0.0)
+    # A variance of 1e-40 is a sum of subnormal squares, each rounded to a multiple of 1.4e-45.
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)

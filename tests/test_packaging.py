@@ -67,7 +67,8 @@ def test_pure_python_wheel_without_a_compiler(tmp_path: Path) -> None:
     code = (
         "import fastseq, torch; assert 'site' in fastseq.__file__;"
         "assert 'not built' in fastseq.backends()['cpu'];"
-        "fastseq.functional.rms_norm(torch.randn(3, 64, requires_grad=True), (64,)).sum().backward()"
+        "x = torch.randn(3, 64, requires_grad=True);"
+        "fastseq.functional.rms_norm(x, (64,)).sum().backward()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -81,7 +82,7 @@ def test_pure_python_wheel_without_a_compiler(tmp_path: Path) -> None:
 
 
 def test_extension_needs_nothing_newer_than_it_says() -> None:
-    """One stable-ABI file: the limited Python API, and no C++ symbol of torch or of a CUDA library."""
+    """One stable-ABI file: the limited Python API, no C++ symbol of torch or a CUDA library."""
     (extension,) = (ROOT / "fastseq").glob("_C*.so")
     assert extension.name == "_C.abi3.so"
     symbols = run("nm", "-D", "--undefined-only", "-C", str(extension)).stdout
@@ -110,3 +111,14 @@ def test_every_family_has_its_file_in_every_room() -> None:
         assert f"csrc/bindings/{family}.h" in [
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.h")
         ]
+
+
+def test_readmes_table_is_the_committed_result() -> None:
+    """Made anew by `python -m benchmarks table benchmarks/results/cpu --memory reused`."""
+    committed = run(
+        *(sys.executable, "-m", "benchmarks", "table", "benchmarks/results/cpu"),
+        *("--memory", "reused"),
+    )
+    assert committed.returncode == 0, committed.stderr
+    shown = README.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
+    assert committed.stdout.strip() in shown

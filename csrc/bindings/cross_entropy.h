@@ -94,5 +94,23 @@ Tensor cross_entropy_backward_cpu(Tensor grad_loss, std::optional<Tensor> grad_l
   return grad_logits;
 }
 
+Tensor sample_cpu(Tensor logits, Tensor seed, int64_t first_row, double temperature) {
+  Sample problem;
+  problem.classes = logits.size(logits.dim() - 1);
+  STD_TORCH_CHECK(problem.classes > 0 && problem.classes < int64_t(1) << 31,
+                  "sample: logits must have 1 to 2^31 - 1 classes");
+  problem.rows = logits.numel() / problem.classes;
+  const Tensor tokens = empty({problem.rows}, ScalarType::Long, logits);
+  problem.logits = rows_of(logits, problem.classes);
+  problem.seed = static_cast<const int64_t*>(seed.data_ptr());
+  problem.first_row = first_row;
+  problem.temperature = temperature;
+  problem.tokens = static_cast<int64_t*>(tokens.data_ptr());
+  const CrossEntropyCpu& kernels = *instruction_set().cross_entropy;
+  parallel(problem.rows, grain(problem.classes),
+           [&](int64_t begin, int64_t end) { kernels.sample(problem, begin, end); });
+  return tokens;
+}
+
 }  // namespace
 }  // namespace fastseq

@@ -178,8 +178,11 @@ void forward_row(const CrossEntropyForward& args, int64_t row, const T* weight) 
       const T before = top;
       raw_top = highest;
       top = capped_value<Capped>(raw_top, cap);
-      // From -Inf the factor is 0: nothing finite has been summed yet (0 * NaN stays NaN).
-      if (top != before) total.exponentials *= ::exp(static_cast<double>(before) - top);
+      // From -Inf the factor is 0: nothing but NaN can have been summed yet, and that stays.
+      if (before == T(-kInfinity))
+        total.exponentials *= 0;
+      else if (top != before)
+        total.exponentials *= ::exp(static_cast<double>(before) - top);
     }
     // Of a block of -Inf alone every exponential is 0, which -Inf - -Inf would not give.
     const T from = raw_top == T(-kInfinity) ? T(0) : top;
@@ -382,8 +385,68 @@ double weight_sum(const Vector& weight, int64_t classes) {
   return sum;
 }
 
+// ---- sampling -----------------------------------------------------------------------------------
+
+// -log(1 - u) of u = (bits + 1/2) / 2^32, to a few ulps from the smallest u, which the largest of
+// many draws depends on, to the largest.
+inline F32x exponential_variable(U32x bits) {
+  const F32x u = (__builtin_convertvector(bits, F32x) + 0.5f) * 0x1p-32f;
+  const F32x rest = (__builtin_convertvector(~bits, F32x) + 0.5f) * 0x1p-32f;  // 1 - u
+  // log(1 - u) = 2 (f + f^3/3 + ...) with f = -u / (2 - u), below 1/7.
+  const F32x f = u / (2.0f - u), square = f * f;
+  F32x series = square * (1.0f / 9) + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  series = series * square + 1.0f;
+  return u < 0.25f ? 2.0f * f * series : -log<float>(rest);
+}
+
+template <class M>
+int64_t sample_row(const Sample& args, int64_t row) {
+  constexpr int width = lanes<float>;
+  const int64_t n = args.classes;
+  const M* const x = reinterpret_cast<const M*>(row_of(args.logits, row));
+  const auto key = random::row_key(static_cast<uint64_t>(*args.seed),
+                                   static_cast<uint64_t>(args.first_row + row));
+  const float inverse = static_cast<float>(1 / args.temperature);
+  I32x lane;
+  for (int i = 0; i < width; ++i) lane[i] = i;
+  F32x best = splat(static_cast<float>(-kInfinity));
+  I32x where = lane - lane - 1;
+  for (int64_t i = 0; i < n; i += width) {
+    const I32x column = lane + static_cast<int32_t>(i);
+    U32x bits = bit_cast<U32x>(column) + key.first;
+    bits ^= bits >> 16;
+    bits *= 0x7feb352du;
+    bits ^= key.second;
+    bits ^= bits >> 15;
+    bits *= 0x846ca68bu;
+    bits ^= bits >> 16;
+    const F32x logit = or_lowest<float>(load_some<float>(x + i, n - i), n - i);
+    const F32x score = logit * inverse - log<float>(exponential_variable(bits));
+    const I32x better = score > best;  // the first of equals; never of -Inf or NaN
+    best = better ? score : best;
+    where = better ? column : where;
+  }
+  int64_t token = -1;
+  float top = static_cast<float>(-kInfinity);
+  for (int i = 0; i < width; ++i)
+    if (where[i] >= 0 && (best[i] > top || (best[i] == top && where[i] < token))) {
+      top = best[i];
+      token = where[i];
+    }
+  return token;
+}
+
+void sample(const Sample& args, int64_t begin, int64_t end) {
+  with_type<float>(args.logits.dtype, [&](auto* type) {
+    using M = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = begin; row < end; ++row) args.tokens[row] = sample_row<M>(args, row);
+  });
+}
+
 }  // namespace
 
-extern const CrossEntropyCpu cross_entropy{forward, reduce, backward, weight_sum};
+extern const CrossEntropyCpu cross_entropy{forward, reduce, backward, weight_sum, sample};
 
 }  // namespace fastseq::FASTSEQ_ISA

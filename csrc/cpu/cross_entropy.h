@@ -15,6 +15,8 @@ struct CrossEntropyCpu {
   void (*backward)(const CrossEntropyBackward& args, int64_t begin, int64_t end);
   // Of all class weights.
   double (*weight_sum)(const Vector& weight, int64_t classes);
+  // Tokens of the rows [begin, end).
+  void (*sample)(const Sample& args, int64_t begin, int64_t end);
 };
 
 #if defined(__x86_64__)

@@ -7,11 +7,11 @@
 // lies between the sweeps is kept in fp32 in a buffer that L1 or L2 holds, so exp is taken once an
 // element and 16-bit numbers are converted once.
 //
-// Along another dimension the elements of a column lie apart, and those of neighbouring columns side
-// by side: columns are taken kTile vectors at a time, a lane each, and nothing goes across lanes.
-// The buffer serves here, too: the rows of such a tile often lie a power of two apart, where a few
-// hundred of them fall into the same sets of the cache and throw each other out. Columns too long
-// for a buffer in L2 are read in every sweep.
+// Along another dimension the elements of a column lie apart, and those of neighbouring columns
+// side by side: columns are taken kTile vectors at a time, a lane each, and nothing goes across
+// lanes. The buffer serves here, too: the rows of such a tile often lie a power of two apart, where
+// a few hundred of them fall into the same sets of the cache and throw each other out. Columns too
+// long for a buffer in L2 are read in every sweep.
 //
 // Arithmetic is in the compute type T (float, or double for fp64); M is a type in memory.
 #include "softmax.h"
@@ -66,8 +66,17 @@ T row_maximum(const M* x, int64_t n) {
   return horizontal_maximum<T>(maximum(even, odd));
 }
 
+// e^x for results that are rounded to 16 bits (Coarse), or for any.
+template <class T, bool Coarse>
+inline V<T> power_of(V<T> x) {
+  if constexpr (Coarse)
+    return exp_coarse(x);
+  else
+    return exp(x);
+}
+
 // exp(x - shift), or with Log x - shift, into the buffer; returns the sum of exp(x - shift).
-template <class T, class M, bool Log>
+template <class T, class M, bool Log, bool Coarse>
 double exponentials(const M* x, T shift, T* buffer, int64_t n, const Ahead& ahead) {
   constexpr int width = lanes<T>;
   double total = 0;
@@ -77,20 +86,25 @@ double exponentials(const M* x, T shift, T* buffer, int64_t n, const Ahead& ahea
     int64_t i = begin;
     for (; i + width <= end; i += width) {
       const V<T> shifted = load(x + i) - shift;
-      const V<T> power = exp(shifted);
+      const V<T> power = power_of<T, Coarse>(shifted);
       sum += power;
       store(buffer + i, Log ? shifted : power);
       ahead.prefetch(i);
     }
     if (i < end) {
       const V<T> shifted = load_some<T>(x + i, end - i) - shift;
-      const V<T> power = keep_first<T>(exp(shifted), end - i);
+      const V<T> power = keep_first<T>(power_of<T, Coarse>(shifted), end - i);
       sum += power;
       store(buffer + i, Log ? shifted : power);  // the buffer has room for a whole vector
     }
     total += horizontal_sum<T>(sum);
   }
   return total;
+}
+
+// Whether the numbers of a row come in and go out in 16 bits.
+inline bool is_coarse(const SoftmaxForward& args) {
+  return element_size(args.input.dtype) == 2 && element_size(args.output.dtype) == 2;
 }
 
 template <class T, bool Log>
@@ -115,16 +129,19 @@ void write_normalized(const SoftmaxForward& args, int64_t row, const T* buffer, 
 template <class T, bool Log>
 void forward_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T* const buffer =
-      static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
+  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
   with_type<T>(args.input.dtype, [&](auto* type) {
     using M = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
       const M* x = reinterpret_cast<const M*>(row_of(args.input, row));
       const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
       const T maximum = row_maximum<T>(x, n);
-      write_normalized<T, Log>(args, row, buffer,
-                               exponentials<T, M, Log>(x, maximum, buffer, n, ahead));
+      double total = 0;
+      if (sizeof(M) == 2 && is_coarse(args))
+        total = exponentials<T, M, Log, sizeof(M) == 2>(x, maximum, buffer, n, ahead);
+      else
+        total = exponentials<T, M, Log, false>(x, maximum, buffer, n, ahead);
+      write_normalized<T, Log>(args, row, buffer, total);
     }
   });
   fence();
@@ -153,6 +170,14 @@ inline V<T> masked(V<T> scores, const B* mask, int64_t count) {
     typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
     Bytes bytes = {};
     std::memcpy(&bytes, mask, static_cast<size_t>(count < lanes<T> ? count : lanes<T>));
+#if defined(__AVX512F__)
+    if constexpr (lanes<T> == 16) {  // GCC takes the bytes apart by quarters
+      const __m128i lanes_in = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&bytes));
+      return bit_cast<V<T>>(_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()),
+                                               _mm_test_epi8_mask(lanes_in, lanes_in),
+                                               bit_cast<__m512>(scores)));
+    }
+#endif
     const auto takes_part = __builtin_convertvector(bytes, typename Simd<T>::Mask) != 0;
     return takes_part ? scores : splat(-infinity<T>());
   } else {
@@ -163,7 +188,7 @@ inline V<T> masked(V<T> scores, const B* mask, int64_t count) {
 
 // scale * x as apply makes it into the buffer; returns the maximum.
 template <class T, class M, class Apply>
-T scores_of(const M* x, T scale, T* buffer, int64_t n, const Ahead& ahead, Apply apply) {
+T scores_of(const M* x, T scale, T* buffer, int64_t n, Apply apply) {
   constexpr int width = lanes<T>;
   V<T> most = splat(-infinity<T>());
   int64_t i = 0;
@@ -171,7 +196,6 @@ T scores_of(const M* x, T scale, T* buffer, int64_t n, const Ahead& ahead, Apply
     const V<T> scores = apply(load(x + i) * scale, i, int64_t(width));
     store(buffer + i, scores);
     most = maximum(most, scores);
-    ahead.prefetch(i);
   }
   if (i < n) {
     const V<T> scores =
@@ -183,25 +207,24 @@ T scores_of(const M* x, T scale, T* buffer, int64_t n, const Ahead& ahead, Apply
 }
 
 template <class T, class M>
-T masked_scores(const SoftmaxForward& args, int64_t row, T* buffer, int64_t n, const Ahead& ahead) {
+T masked_scores(const SoftmaxForward& args, int64_t row, T* buffer, int64_t n) {
   const M* x = reinterpret_cast<const M*>(row_of(args.input, row));
   const T scale = static_cast<T>(args.scale);
   if (args.mask.data == nullptr)
-    return scores_of<T>(x, scale, buffer, n, ahead, [](V<T> v, int64_t, int64_t) { return v; });
+    return scores_of<T>(x, scale, buffer, n, [](V<T> v, int64_t, int64_t) { return v; });
   T most = 0;
   with_mask<T>(args.mask, row, [&](const auto* mask) {
     using B = std::remove_const_t<std::remove_pointer_t<decltype(mask)>>;
     if (args.mask.stride_column != 0) {
-      most = scores_of<T>(x, scale, buffer, n, ahead, [mask](V<T> v, int64_t i, int64_t count) {
+      most = scores_of<T>(x, scale, buffer, n, [mask](V<T> v, int64_t i, int64_t count) {
         return masked<T>(v, mask + i, count);
       });
       return;
     }
     B same[lanes<T>];
     for (B& element : same) element = *mask;
-    most = scores_of<T>(x, scale, buffer, n, ahead, [&same](V<T> v, int64_t, int64_t) {
-      return masked<T>(v, same, lanes<T>);
-    });
+    most = scores_of<T>(x, scale, buffer, n,
+                        [&same](V<T> v, int64_t, int64_t) { return masked<T>(v, same, lanes<T>); });
   });
   return most;
 }
@@ -209,8 +232,7 @@ T masked_scores(const SoftmaxForward& args, int64_t row, T* buffer, int64_t n, c
 template <class T>
 void forward_masked(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T* const buffer =
-      static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
+  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
   with_type<T>(args.input.dtype, [&](auto* type) {
     using M = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
@@ -220,10 +242,14 @@ void forward_masked(const SoftmaxForward& args, int64_t begin, int64_t end) {
         seen = seen < 0 ? 0 : seen > n ? n : seen;
       }
       const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
-      const T most = masked_scores<T, M>(args, row, buffer, seen, ahead);
+      const T most = masked_scores<T, M>(args, row, buffer, seen);
       // A row without anything that takes part: exp(-Inf - 0) = 0, but NaN stays NaN.
       const T shift = most == -infinity<T>() ? T(0) : most;
-      const double total = exponentials<T, T, false>(buffer, shift, buffer, seen, Ahead(args.output, row, 0));
+      constexpr bool narrow = sizeof(M) == 2;
+      const double total =
+          narrow && is_coarse(args)
+              ? exponentials<T, T, false, narrow>(buffer, shift, buffer, seen, ahead)
+              : exponentials<T, T, false, false>(buffer, shift, buffer, seen, ahead);
       for (int64_t i = seen; i < n; ++i) buffer[i] = 0;
       write_normalized<T, false>(args, row, buffer, total);
     }
@@ -258,7 +284,7 @@ inline V<T> gradient(V<T> grad, V<T> y, V<T> sum, T scale) {
 }
 
 template <class T, class M, Kind K>
-T row_sum(const M* grad, const M* y, int64_t n, const Ahead& ahead) {
+T row_sum(const M* grad, const M* y, int64_t n, int64_t ahead) {
   constexpr int width = lanes<T>;
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -271,8 +297,8 @@ T row_sum(const M* grad, const M* y, int64_t n, const Ahead& ahead) {
       load_two(y + i, ys[0], ys[1]);
       even += summand<T, K>(grads[0], ys[0]);
       odd += summand<T, K>(grads[1], ys[1]);
-      ahead.prefetch(i);
-      ahead.prefetch(i + width);
+      __builtin_prefetch(grad + i + ahead, 0, 2);
+      if (sizeof(M) > 2) __builtin_prefetch(grad + i + width + ahead, 0, 2);
     }
     for (; i < end; i += width)
       even += summand<T, K>(load_some<T>(grad + i, end - i), load_some<T>(y + i, end - i));
@@ -283,18 +309,17 @@ T row_sum(const M* grad, const M* y, int64_t n, const Ahead& ahead) {
 
 // grad_output, output and grad_input of one type in memory, or all converted in the workspace.
 template <class T, class M, Kind K>
-void backward_row(const SoftmaxBackward& args, int64_t row, const M* grad, const M* y, M* target,
+void backward_row(const SoftmaxBackward& args, const M* grad, const M* y, M* target,
                   bool past_cache) {
   const int64_t n = args.length;
-  const int64_t distance = n > kAhead ? n : kAhead;
-  const Ahead grad_ahead(args.grad_output, row, distance), ahead(args.output, row, distance);
-  const V<T> sum = splat(row_sum<T, M, K>(grad, y, n, grad_ahead));
+  const int64_t ahead = n > kAhead ? n : kAhead;
+  const V<T> sum = splat(row_sum<T, M, K>(grad, y, n, ahead));
   write_values<T>(
       target, n, past_cache,
       [=, scale = static_cast<T>(args.scale)](int64_t i, auto read) {
         return gradient<T, K>(read(grad + i), read(y + i), sum, scale);
       },
-      [ahead](int64_t i) { ahead.prefetch(i); });
+      [=](int64_t i) { __builtin_prefetch(y + i + ahead, 0, 2); });
 }
 
 template <class T, Kind K>
@@ -305,7 +330,7 @@ void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
     using M = std::remove_pointer_t<decltype(of_type)>;
     if (args.grad_output.dtype == type && args.grad_input.dtype == type) {
       for (int64_t row = begin; row < end; ++row)
-        backward_row<T, M, K>(args, row, reinterpret_cast<M*>(row_of(args.grad_output, row)),
+        backward_row<T, M, K>(args, reinterpret_cast<M*>(row_of(args.grad_output, row)),
                               reinterpret_cast<M*>(row_of(args.output, row)),
                               reinterpret_cast<M*>(row_of(args.grad_input, row)), args.past_cache);
       return;
@@ -314,7 +339,7 @@ void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* grad = read_row(args.grad_output, row, work, n);
       const T* y = read_row(args.output, row, work + stride, n);
-      backward_row<T, T, K>(args, row, grad, y, work + 2 * stride, false);
+      backward_row<T, T, K>(args, grad, y, work + 2 * stride, false);
       write_row(args.grad_input, row, work + 2 * stride, n);
     }
   });
@@ -324,8 +349,8 @@ void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
 // ---- columns
 // --------------------------------------------------------------------------------------
 
-// Columns side by side, those of one task or fewer: count lanes, of which Vectors vectors are full or
-// the only one is not.
+// Columns side by side, those of one task or fewer: count lanes, of which Vectors vectors are full
+// or the only one is not.
 template <class T, int Vectors>
 struct Columns {
   static constexpr int vectors = Vectors;
@@ -358,7 +383,9 @@ struct Columns {
       const auto x = place<std::remove_pointer_t<decltype(type)>>(rows, length);
       for (int64_t i = begin; i < end; ++i) {
         // The hardware follows no stride past a page.
-        if (Vectors > 1) __builtin_prefetch(x[i + kRowsAhead], 0, 2);
+        if (Vectors > 1)
+          for (int64_t at = 0; at < width; at += 64 / sizeof(*x.data))
+            __builtin_prefetch(x[i + kRowsAhead] + at, 0, 2);
 #pragma GCC unroll 4
         for (int k = 0; k < Vectors; ++k) take(i - begin, k, read(x[i], k));
       }
@@ -440,8 +467,7 @@ void forward_columns(const SoftmaxForward& args, const Columns<T, Vectors>& colu
   }
 
   V<T> factor[Vectors];
-  for (int k = 0; k < Vectors; ++k)
-    factor[k] = Log ? log<T>(sum.total[k]) : T(1) / sum.total[k];
+  for (int k = 0; k < Vectors; ++k) factor[k] = Log ? log<T>(sum.total[k]) : T(1) / sum.total[k];
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t end = begin + block < n ? begin + block : n;
     if (!whole) read(begin, end);

@@ -2,6 +2,7 @@
 
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .softmax import log_softmax, masked_softmax, softmax
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "masked_softmax",
     "rms_norm",

@@ -28,8 +28,8 @@ def softmax(
         input: any shape and strides; fp32, fp64, fp16 or bf16, or anything that ``dtype`` makes so.
         dim: the dimension that sums up to 1. Without it torch's deprecated choice is taken, and its
             warning given.
-        dtype: of the result. The input is not converted first, but as it is read: nothing is rounded
-            that torch would not round.
+        dtype: of the result. The input is not converted first, but as it is read: nothing is
+            rounded that torch would not round.
 
     Returns:
         A contiguous tensor of the input's shape, in ``dtype`` or the input's (fp32 under CUDA
@@ -47,7 +47,7 @@ def softmax(
         note("softmax", "torch", "a tensor subclass, layout or trace that torch must handle")
         return F.softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
     return _softmax("softmax", input, dim, dtype, log=False)
 
 
@@ -67,13 +67,11 @@ def log_softmax(
         note("log_softmax", "torch", "a tensor subclass, layout or trace that torch must handle")
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
     return _softmax("log_softmax", input, dim, dtype, log=True)
 
 
-def _softmax(
-    name: str, input: Tensor, dim: int, dtype: torch.dtype | None, *, log: bool
-) -> Tensor:
+def _softmax(name: str, input: Tensor, dim: int, dtype: torch.dtype | None, *, log: bool) -> Tensor:
     function = torch.log_softmax if log else torch.softmax
     output_dtype = dtype or (torch.float32 if autocast_to_fp32(input) else input.dtype)
     if output_dtype not in FLOATING:
@@ -87,7 +85,7 @@ def _softmax(
         return function(input, dim, dtype=dtype)
     dim = _wrapped(name, dim, input.dim())
     records = records_gradient(input)
-    if _torch_is_quicker(input, dim, records):
+    if _torch_is_quicker(input, records):
         note(name, "torch", "so small that the call costs more than the kernel saves")
         return function(input, dim, dtype=output_dtype)
     wide = torch.float64 in (input.dtype, output_dtype) and input.dtype != output_dtype
@@ -113,8 +111,15 @@ def _wrapped(name: str, dim: int, dims: int) -> int:
     return dim % max(dims, 1)
 
 
-def _torch_is_quicker(input: Tensor, dim: int, records: bool) -> bool:
-    return False
+def _torch_is_quicker(input: Tensor, records: bool) -> bool:
+    """Whether torch's softmax, C++ throughout, is done before ours has come through Python.
+
+    Measured on one core of an AVX-512 EPYC in fp32 and bf16: both are even at 16 to 32 thousand
+    elements on forward, at 65 thousand where a gradient is recorded.
+    """
+    if not input.is_cpu or current_backend() != "auto" or torch.compiler.is_compiling():
+        return False
+    return input.numel() < (65_000 if records else 20_000)
 
 
 def masked_softmax(
@@ -132,8 +137,8 @@ def masked_softmax(
 
     over what takes part: where a boolean mask is True, where an additive one is not -Inf, and what
     ``is_causal`` leaves. What takes no part is 0, and so is a row of which nothing is left (where
-    softmax would be NaN); their gradients are 0. Nothing of what takes no part reaches the result or
-    a gradient, NaN and Inf included.
+    softmax would be NaN); their gradients are 0. Nothing of what takes no part reaches the result
+    or a gradient, NaN and Inf included.
 
     Args:
         input: :math:`x`, any shape and strides; fp32, fp64, fp16 or bf16.
@@ -141,7 +146,8 @@ def masked_softmax(
         dim: the dimension that sums up to 1; any but the last is moved there for the kernel.
         scale: :math:`s`.
         is_causal: row i of the last two dimensions ``[rows, columns]`` takes its first ``i + 1``
-            columns, or with ``causal_alignment="bottom_right"`` its first ``i + 1 + columns - rows``:
+            columns, or with ``causal_alignment="bottom_right"`` its first ``i + 1 + columns -
+            rows``:
             the last row takes all.
         causal_alignment: ``"top_left"``, as in torch's scaled_dot_product_attention, or
             ``"bottom_right"``.
@@ -153,10 +159,10 @@ def masked_softmax(
     Raises:
         IndexError: ``dim`` is out of range.
         NotImplementedError: the input is not floating point.
-        RuntimeError: the mask is neither boolean nor floating, does not broadcast to the input, or is
-            on another device.
-        ValueError: ``is_causal`` with fewer than two dimensions or along another than the last, or an
-            unknown alignment.
+        RuntimeError: the mask is neither boolean nor floating, does not broadcast to the input, or
+            is on another device.
+        ValueError: ``is_causal`` with fewer than two dimensions or along another than the last, or
+            an unknown alignment.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """

@@ -6,7 +6,7 @@ They take logits ``[*, classes]`` of any strides and class indices ``[*]``::
     loss = (1 - smoothing) * (lse - z[target]) + smoothing * mean(lse - z) + z_loss * lse^2
 
 with class weights as in ``fastseq/reference/cross_entropy.py``. lse is saved in two parts, since
-their rounded sum would cost ``exp(z - lse)`` digits where logits are large. The public functions are
+their rounded sum would cost ``exp(z - lse)`` digits where logits are large. The public function is
 in ``fastseq/functional/cross_entropy.py``.
 """
 
@@ -28,9 +28,9 @@ _extension_forward = extension_op("cross_entropy_forward")
 _extension_backward = extension_op("cross_entropy_backward")
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 
-#: torch's numbers of the reductions.
+#: torch's numbers of the reductions, and their names by number.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_NAMES = tuple(REDUCTIONS)
+NAMES = tuple(REDUCTIONS)
 
 # --- forward -------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def _forward_by_torch(a: Forward) -> Tensors4:
         target,
         None if a.weight is None else a.weight.to(torch.promote_types(logits.dtype, a.loss_dtype)),
         ignore_index=a.ignore_index,
-        reduction=_NAMES[a.reduction],
+        reduction=NAMES[a.reduction],
         label_smoothing=a.label_smoothing,
     )
     return _declared_outputs(a, loss, a.logits.reshape(-1, a.logits.shape[-1]))
@@ -155,13 +155,15 @@ def _forward_by_reference(a: Forward) -> Tensors4:
         a.target.reshape(-1),
         a.weight,
         ignore_index=a.ignore_index,
-        reduction=_NAMES[a.reduction],
+        reduction=NAMES[a.reduction],
         label_smoothing=a.label_smoothing,
         softcap=a.softcap,
         z_loss=a.z_loss,
         output_dtype=a.loss_dtype,
     )
-    return _declared_outputs(a, loss, reference.softcapped(rows.to(compute_dtype(rows.dtype)), a.softcap))
+    return _declared_outputs(
+        a, loss, reference.softcapped(rows.to(compute_dtype(rows.dtype)), a.softcap)
+    )
 
 
 def _declared_outputs(a: Forward, loss: Tensor, z: Tensor) -> Tensors4:
@@ -181,7 +183,12 @@ def _declared_outputs(a: Forward, loss: Tensor, z: Tensor) -> Tensors4:
         ones = maximum.new_ones(a.logits.shape[-1])
         weights = ones if a.weight is None else a.weight.to(stats)
         denominator = torch.where(kept, weights[index], 0.0).sum()
-    return loss.to(a.loss_dtype).reshape(a.target.shape if a.reduction == 0 else ()), maximum, log_sum, denominator
+    return (
+        loss.to(a.loss_dtype).reshape(a.target.shape if a.reduction == 0 else ()),
+        maximum,
+        log_sum,
+        denominator,
+    )
 
 
 # --- backward ------------------------------------------------------------------------------------
@@ -401,7 +408,7 @@ class CrossEntropyFunction(torch.autograd.Function):
                     target,
                     weight,
                     ignore_index=ctx.ignore_index,
-                    reduction=_NAMES[ctx.reduction],
+                    reduction=NAMES[ctx.reduction],
                     label_smoothing=ctx.label_smoothing,
                     softcap=ctx.softcap,
                     z_loss=ctx.z_loss,

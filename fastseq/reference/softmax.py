@@ -66,8 +66,8 @@ def masked_softmax(
     """Softmax of ``scale * input + mask`` along the last dimension over what takes part.
 
     What takes part: where a boolean mask is True, where an additive one is not -inf, and with
-    ``causal_offset`` in row i of the last two dimensions the columns up to ``i + causal_offset``. The
-    rest is 0, and so is a row of which nothing is left.
+    ``causal_offset`` in row i of the last two dimensions the columns up to ``i + causal_offset``.
+    The rest is 0, and so is a row of which nothing is left.
     """
     output_dtype = output_dtype or input.dtype
     x = input.to(compute_dtype(input.dtype))

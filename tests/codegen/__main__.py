@@ -1,7 +1,8 @@
 """Compiles every family's kernels and prints their usage, or records it.
 
 ``python tests/codegen [--full] [--only TEXT]`` prints one line of JSON for each kernel and
-architecture; ``--record`` rewrites ``recorded.json`` from a full run, for the Triton that runs it.
+architecture; ``--record`` rewrites ``recorded.json`` from a full run, for the Triton that runs it
+(with ``--only``, those cases of it).
 A family is a module beside this one with a function ``cases(full)``.
 """
 
@@ -21,7 +22,7 @@ import triton  # noqa: E402
 
 from benchmarks._ptx import ARCHITECTURES, measure  # noqa: E402
 
-FAMILIES = ("layer_norm",)
+FAMILIES = ("cross_entropy", "layer_norm")
 RECORDED = HERE / "recorded.json"
 
 #: What recorded.json holds of every kernel, by Triton's version.
@@ -48,7 +49,7 @@ def main() -> None:
                     print(json.dumps(line), flush=True)
     if options.record:
         recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-        recorded[VERSION] = figures
+        recorded[VERSION] = {**(recorded.get(VERSION, {}) if options.only else {}), **figures}
         lines = [
             f"  {json.dumps(version)}: {{\n"
             + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items())
