@@ -112,4 +112,3 @@ def test_every_family_has_its_file_in_every_room() -> None:
         assert f"csrc/bindings/{family}.h" in [
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.h")
         ]
-

@@ -76,6 +76,7 @@ def test_other_candidates(name: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.slow
 def test_every_instruction_set(instruction_set: str) -> None:
     """A machine runs the widest it has; a process of its own runs the others."""
     code = (
@@ -142,6 +143,7 @@ print(exact, grid)
 
 
 @pytest.mark.parametrize("instruction_set", ["", "avx2", "generic"])
+@pytest.mark.slow
 def test_exponential_is_within_an_ulp(instruction_set: str) -> None:
     """Every float between -32 and -18, 20 periods of the reduced argument; the rest by a grid.
 
@@ -246,6 +248,7 @@ def test_func_transforms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
+@pytest.mark.slow
 def test_torchs_own_samples(name: str) -> None:
     """torch's sample inputs for these functions, outputs and gradients."""
     from torch.testing._internal.common_methods_invocations import op_db
