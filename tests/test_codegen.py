@@ -76,11 +76,15 @@ def test_nothing_spills(usages):
 
 
 def test_rows_are_accessed_by_16_bytes(usages):
-    kernels = [usage for usage in usages if usage["kernel"] != "finalise_kernel"]
-    assert not _offenders(kernels, lambda u: u["wide_loads"] > 0 and u["wide_stores"] > 0)
+    # Sums over programs or rows are short; cross_entropy's forward and sample store a number a row.
+    kernels = [u for u in usages if u["kernel"] not in ("finalise_kernel", "reduce_kernel")]
+    narrow = ("cross_entropy plain forward", "cross_entropy rich forward", "cross_entropy sample")
+    assert not _offenders(kernels, lambda u: u["wide_loads"] > 0)
+    rows = [u for u in kernels if not any(label in u["key"] for label in narrow)]
+    assert not _offenders(rows, lambda u: u["wide_stores"] > 0)
 
     def holds(usage: dict) -> bool:
-        _, _, loads, stores = RECORDED.get(usage["key"], (0, 0, 1, 1))
+        _, _, loads, stores = RECORDED.get(usage["key"], (0, 0, 1, 0))
         return usage["wide_loads"] >= loads and usage["wide_stores"] >= stores
 
     assert not _offenders(kernels, holds)
