@@ -46,6 +46,7 @@ class Usage:
     loads: int
     wide_stores: int
     stores: int
+    tensor_cores: int  # matrix products: of a warp, or of a group of warps (Hopper, Blackwell)
 
 
 class _Driver:
@@ -142,6 +143,7 @@ def _read(kernel: Any) -> Usage:
         loads=_count(opcodes, r"(LDG|LDGSTS)\b"),
         wide_stores=_count(opcodes, r"STG\b.*\.128"),
         stores=_count(opcodes, r"STG\b"),
+        tensor_cores=_count(opcodes, r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"),
     )
 
 

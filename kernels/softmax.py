@@ -170,10 +170,12 @@ def _pointers(pointer, start, number, stride, VECTOR: tl.constexpr, COLUMNS: tl.
 @triton.jit
 def _load(
     pointer, start, number, stride, mask, other, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr = False,
 ):  # fmt: skip
+    """A tile in fp32. LAST: nothing reads it again."""
     pointers = _pointers(pointer, start, number, stride, VECTOR, COLUMNS)
-    return tl.load(pointers, mask=mask, other=other, eviction_policy=EVICT).to(tl.float32)
+    policy: tl.constexpr = "evict_first" if LAST else ""
+    return tl.load(pointers, mask=mask, other=other, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -188,10 +190,10 @@ def _store(
 def _scores(
     input, mask, start, mask_start, item, number, exists, stride, scale, queries, causal_offset,
     MASKED: tl.constexpr, MASK_BY_COLUMN: tl.constexpr, CAUSAL: tl.constexpr,
-    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, EVICT: tl.constexpr = "",
+    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of ``z``: -inf where there is nothing, or nothing that takes part."""
-    z = _load(input, start, number, stride, exists, -float("inf"), VECTOR, COLUMNS, EVICT)
+    z = _load(input, start, number, stride, exists, -float("inf"), VECTOR, COLUMNS, LAST)
     if MASKED:
         z = tl.where(exists, z * scale, -float("inf"))
         if mask is not None:
@@ -282,7 +284,7 @@ def softmax_forward_kernel(
             exists = _exists(item, at, count, length, VECTOR, COLUMNS)
             z = _scores(
                 input, mask, start, mask_start, item, at, exists, input_stride, scale, queries,
-                causal_offset, MASKED, MASK_BY_COLUMN, CAUSAL, VECTOR, COLUMNS, "evict_first",
+                causal_offset, MASKED, MASK_BY_COLUMN, CAUSAL, VECTOR, COLUMNS, True,
             )  # fmt: skip
             y = _finish(z, largest, total, LOG, MASKED)
             _store(output, output_start, at, pitch, y, exists, VECTOR, COLUMNS)
@@ -302,12 +304,12 @@ def softmax_forward_kernel(
 def _pair(
     grad_output, output, grad_start, start, number, exists, grad_stride, stride,
     LOG: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    LAST: tl.constexpr = False,
 ):  # fmt: skip
     """The gradient and the softmax of a tile."""
-    grad = _load(grad_output, grad_start, number, grad_stride, exists, 0.0, VECTOR, COLUMNS, EVICT)
+    grad = _load(grad_output, grad_start, number, grad_stride, exists, 0.0, VECTOR, COLUMNS, LAST)
     y = _load(
-        output, start, number, stride, exists, -float("inf") if LOG else 0.0, VECTOR, COLUMNS, EVICT
+        output, start, number, stride, exists, -float("inf") if LOG else 0.0, VECTOR, COLUMNS, LAST
     )
     if LOG:
         y = tl.exp2(y * _LOG2_E)
@@ -359,7 +361,7 @@ def softmax_backward_kernel(
             exists = _exists(item, at, count, length, VECTOR, COLUMNS)
             grad, y = _pair(
                 grad_output, output, grad_start, start, at, exists, grad_stride, output_stride,
-                LOG, MASKED, VECTOR, COLUMNS, "evict_first",
+                LOG, MASKED, VECTOR, COLUMNS, True,
             )  # fmt: skip
             gradient = _gradient(grad, y, total, scale, LOG, MASKED)
             _store(grad_input, input_start, at, pitch, gradient, exists, VECTOR, COLUMNS)

@@ -66,3 +66,10 @@ def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 for kind in KINDS:
                     label = f"cross_entropy {kind} {direction} {name} {classes}"
                     yield label, partial(call, classes, dtype, kind)
+
+
+def expects(kernel: str, label: str) -> set[str]:
+    """Rows go by 16 bytes; the forward stores a number a row, the sum over rows is short."""
+    if kernel == "reduce_kernel":
+        return set()
+    return {"wide_loads", "wide_stores"} if " backward " in label else {"wide_loads"}

@@ -61,3 +61,8 @@ def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                     f"masked_softmax forward {mask} {size}",
                     partial(_masked, length, dtype, mask == "boolean", mask == "boolean"),
                 )
+
+
+def expects(kernel: str, label: str) -> set[str]:
+    """Rows and columns go by 16 bytes."""
+    return {"wide_loads", "wide_stores"}
