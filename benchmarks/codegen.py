@@ -81,8 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _lengths(benchmark: Benchmark) -> list[Sizes]:
     """The GPU suite's sizes with few rows, each row length once."""
-    lengths = dict.fromkeys(sizes["normalized"] for sizes in benchmark.sizes_of("gpu", "cuda"))
-    return [{"leading": (_ROWS,), "normalized": length} for length in lengths]
+    few: dict[str, Sizes] = {}
+    for sizes in benchmark.sizes_of("gpu", "cuda"):
+        fewer = {**sizes, "leading": (_ROWS,)} if "leading" in sizes else sizes
+        few.setdefault(repr(fewer), fewer)
+    return list(few.values())
 
 
 def _entries(
@@ -94,7 +97,7 @@ def _entries(
     problem = make_problem(operator, sizes, DTYPES[dtype], "cpu")
     where = {
         "operator": operator.name,
-        "length": "x".join(map(str, sizes["normalized"])),
+        "length": benchmark.label(sizes).removeprefix(f"{_ROWS}x"),
         "dtype": dtype,
         "architecture": architecture,
     }

@@ -40,14 +40,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def bits(seed: Tensor, rows: int, columns: int) -> Tensor:
+def bits(seed: Tensor, rows: int, columns: int, first_row: int = 0) -> Tensor:
     """The 32 random bits of every position of a ``[rows, columns]`` array, as int64.
 
     Args:
         seed: ``int64 [1]``.
+        first_row: the number of the array's first row.
     """
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    row = torch.arange(rows, device=seed.device)[:, None]
+    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
     first = _mix(_mix(low) ^ (row & _MASK))
     second = _mix(_mix((first + high) & _MASK) ^ (row >> 32))
     x = (torch.arange(columns, device=seed.device) + first) & _MASK

@@ -46,7 +46,9 @@ from .common import (
     kernel,
     next_power_of_2,
     on_device,
+    random_bits,
     rounded,
+    row_key,
     row_offsets,
     row_strides,
     vector_width,
@@ -319,6 +321,50 @@ def backward_kernel(
     )
 
 
+@kernel
+def sample_kernel(
+    logits,
+    seed,
+    tokens,
+    logits_inner,
+    logits_outer_stride,
+    logits_stride,
+    rows,
+    classes,
+    first_row,
+    inverse_temperature,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """The class with the largest logit / temperature - log(E); every lane keeps its own best."""
+    row, row_exists = _rows(tl.program_id(0), rows, BLOCK_M)
+    first, second = row_key(tl.load(seed), row + first_row)
+    start = row_offsets(row, logits_inner, logits_outer_stride, logits_stride)
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    where = tl.full([BLOCK_M, BLOCK_N], 0x7FFFFFFF, tl.int32)
+    for begin in tl.range(0, classes, BLOCK_N, num_stages=NUM_STAGES):
+        column, column_exists = _columns(begin, classes, VECTOR, BLOCK_N)
+        mask = row_exists[:, None] & column_exists
+        pointers = aligned(logits, start, column, VECTOR)
+        x = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+        bits = random_bits(first[:, None], second[:, None], column)
+        # E = -log(1 - u): a series for small u, whose digits decide; else 1 - u from the bits.
+        u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        rest = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * (0.25 + u * 0.2))))
+        exponential = tl.where(u < 0.04, series, -tl.log(rest))
+        score = x * inverse_temperature - tl.log(exponential)
+        better = score > best  # the first of equals; never of -Inf or NaN
+        best = tl.where(better, score, best)
+        where = tl.where(better, column, where)
+    top = tl.max(best, 1)
+    token = tl.min(tl.where(best == top[:, None], where, 0x7FFFFFFF), 1)
+    token = tl.where(top == float("-inf"), -1, token)
+    tl.store(tokens + row, token.to(tl.int64), mask=row_exists)
+
+
 # --- launchers -----------------------------------------------------------------------------------
 
 
@@ -454,4 +500,38 @@ def backward(
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             num_warps=launch.num_warps,
+        )
+
+
+def sample(
+    logits: Tensor, seed: Tensor, tokens: Tensor, classes: int, first_row: int, temperature: float
+) -> None:
+    """Fills ``tokens``.
+
+    Args:
+        logits: contiguous, or a view ``[outer, inner, classes]`` of contiguous rows.
+        seed: ``int64 [1]`` on the device.
+        tokens: int64, contiguous, one for each row.
+        first_row: the number of row 0 for the generator.
+    """
+    rows = tokens.numel()
+    strides = row_strides(logits, classes)
+    # As the forward, with half its tile: a lane has its best score and class beside the logit.
+    block_n = min(2048, max(8, next_power_of_2(classes)))
+    block_m = max(1, 256 // block_n)
+    with on_device(logits):
+        sample_kernel[(ceil_div(rows, block_m),)](
+            logits,
+            seed,
+            tokens,
+            *strides,
+            rows,
+            classes,
+            first_row,
+            1.0 / temperature,
+            VECTOR=vector_width(classes, (strides,), logits),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            NUM_STAGES=3 if classes > block_n else 1,
+            num_warps=max(1, block_m * block_n // 256),
         )

@@ -3,6 +3,7 @@
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .sample import sample
 from .softmax import log_softmax, masked_softmax, softmax
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "log_softmax",
     "masked_softmax",
     "rms_norm",
+    "sample",
     "softmax",
 ]

@@ -289,9 +289,9 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
 
 def _validated_extras(name: str, softcap: float | None, z_loss: float) -> float:
     """The softcap as the ops take it, 0 for none."""
-    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
+    if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or None, got {softcap}")
-    if not (z_loss >= 0.0 and math.isfinite(z_loss)):
+    if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"{name}: z_loss must be at least 0 and finite, got {z_loss}")
     return softcap or 0.0
 

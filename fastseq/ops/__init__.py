@@ -3,4 +3,5 @@
 from . import cross_entropy as cross_entropy
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy
+from . import sample as sample
 from . import softmax as softmax

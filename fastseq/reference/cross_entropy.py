@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..random import bits
 from .layer_norm import compute_dtype
 
 
@@ -109,3 +110,18 @@ def cross_entropy_backward(
     if grad_lse is None:  # NaN in a row that takes no part stays there
         grad_z = torch.where(kept.unsqueeze(-1), grad_z, 0.0)
     return grad_z * (1.0 - (z / softcap).square()) if softcap else grad_z
+
+
+def sample(logits: Tensor, seed: Tensor, first_row: int, temperature: float) -> Tensor:
+    """A class for each row ``[rows, classes]``, drawn with ``softmax(logits / temperature)``.
+
+    The Gumbel-max trick: ``argmax(logits / temperature - log(E))`` with exponential variables
+    ``E = -log(1 - (bits + 1/2) / 2^32)``, a function of seed, row and class. -1 where no logit is
+    above -Inf; NaN is never chosen.
+    """
+    drawn = bits(seed, logits.shape[0], logits.shape[1], first_row).double()
+    exponential = -torch.log1p(-(drawn + 0.5) * 2.0**-32)
+    score = logits.double() / temperature - torch.log(exponential)
+    score = torch.where(score.isnan(), -torch.inf, score)
+    best, token = score.max(1)
+    return torch.where(best > -torch.inf, token, -1)

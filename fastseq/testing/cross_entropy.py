@@ -42,7 +42,7 @@ def make(
         ignored: the share of targets that are ignored.
         layout: of the logits: ``contiguous``, ``sliced`` (rows apart), ``strided`` (elements
             apart), ``classes last`` (a view of ``[*leading, *inner, classes]``).
-        values: ``normal``; ``offset``: 1000 more; ``large``: a thousandfold; ``infinite``: a row
+        values: ``normal``; ``offset``: 1000 more; ``large``: a thousandfold; ``special``: a row
             with -Inf in it, one of -Inf alone, one with +Inf and one with NaN.
         options: what else the function takes.
     """
@@ -68,7 +68,7 @@ def make(
     if ignored:
         drawn = torch.rand(targets, generator=generator, device=device)
         target = torch.where(drawn < ignored, options.get("ignore_index", _IGNORED), target)
-    if values == "infinite":
+    if values == "special":
         target[:4] = 1
         logits[0, ::2] = -math.inf
         logits[1] = -math.inf
@@ -146,7 +146,7 @@ def _case(
 _EVERYTHING: dict[str, Any] = {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.01}
 _CASES = (
     _case("plain", (64,), 1000, dtypes=_MEASURABLE, quick=True),
-    _case("one row", (1,), 100, quick=True, tiny=True),
+    _case("one row", (1,), 100, ignored=0.0, quick=True, tiny=True),
     _case("no batch", (), 65, ignored=0.0, tiny=True),
     _case("no rows, sum", (0,), 64, reduction="sum", quick=True, tiny=True),
     _case("no rows, none", (0,), 64, reduction="none", tiny=True),
@@ -181,10 +181,10 @@ _CASES = (
     _case("offset", (20,), 300, values="offset", dtypes=(torch.float32,), reduction="none"),
     _case("large", (20,), 300, values="large", reduction="none", dtypes=_MEASURABLE),
     _case(
-        "infinite",
+        "NaN and Inf",
         (8,),
         100,
-        values="infinite",
+        values="special",
         ignored=0.0,
         reduction="none",
         quick=True,

@@ -58,6 +58,12 @@ def _backward(classes: int, dtype: torch.dtype, kind: str) -> None:
     )
 
 
+def _sample(classes: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(ROWS, classes, dtype=dtype)
+    tokens = torch.empty(ROWS, dtype=torch.int64)
+    cross_entropy.sample(logits, torch.zeros(1, dtype=torch.int64), tokens, classes, 0, 1.0)
+
+
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call) of the plainest and the richest calls, forward and backward."""
     for name, dtype in DTYPES.items():
@@ -66,10 +72,11 @@ def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 for kind in KINDS:
                     label = f"cross_entropy {kind} {direction} {name} {classes}"
                     yield label, partial(call, classes, dtype, kind)
+            yield f"cross_entropy sample {name} {classes}", partial(_sample, classes, dtype)
 
 
 def expects(kernel: str, label: str) -> set[str]:
-    """Rows go by 16 bytes; the forward stores a number a row, the sum over rows is short."""
+    """Rows go by 16 bytes; forward and sampler store a number a row, the sum over rows is short."""
     if kernel == "reduce_kernel":
         return set()
     return {"wide_loads", "wide_stores"} if " backward " in label else {"wide_loads"}
