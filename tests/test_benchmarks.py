@@ -131,7 +131,6 @@ def test_every_mode_of_every_registered_operator_runs(mode):
 # --- timing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 def test_a_known_ratio_is_found():
     results = _run([_benchmark(ours=_slow(0.004), torchs=_slow(0.008))])
     row = next(row for row in results.rows if row.provider == "fastseq")
@@ -149,7 +148,6 @@ def test_pairs_cancel_what_slows_both():
     assert noise(paired, paired, 7) == 1  # a baseline that is off from itself by 100 %
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 @pytest.mark.skipif(not memory.set_allocation("reused"), reason="no glibc")
 def test_reused_blocks_do_not_fault():
     """In a process of its own: what the heap holds already would tell on it."""
@@ -226,7 +224,6 @@ def test_results_of_another_commit_are_not_resumed(tmp_path, capsys):
 # --- comparing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 def test_a_planted_slowdown_is_seen(tmp_path, capsys):
     for name, seconds in (("old", 0.004), ("same", 0.004), ("slower", 0.0054)):
         benchmark = _benchmark(ours=_slow(seconds), torchs=_slow(0.008))
