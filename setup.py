@@ -38,7 +38,7 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
-EXACT = dict.fromkeys(("layer_norm", "cross_entropy", "softmax"), ["-ffp-contract=off"])
+EXACT = ("layer_norm", "cross_entropy", "softmax")
 CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax"]  # csrc/cpu/<family>.cpp
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
@@ -75,7 +75,7 @@ class BuildExtension(build_ext):
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [
             [
-                *(*host, *math, *EXACT.get(kernel, []), f"-DFASTSEQ_ISA={name}", *flags),
+                *(*host, *math, *(["-ffp-contract=off"] if kernel in EXACT else []), f"-DFASTSEQ_ISA={name}", *flags),
                 *("-c", f"csrc/cpu/{kernel}.cpp"),
             ]
             for kernel in CPU_KERNELS
