@@ -73,10 +73,11 @@ class BuildExtension(build_ext):
             commands.append([*host, "-c", f"csrc/cpu/{name}.cpp"])
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
+        exact = ["-ffp-contract=off"]
         commands += [
             [
-                *(*host, *math, *(["-ffp-contract=off"] if kernel in EXACT else []), f"-DFASTSEQ_ISA={name}", *flags),
-                *("-c", f"csrc/cpu/{kernel}.cpp"),
+                *(*host, *math, *(exact if kernel in EXACT else []), f"-DFASTSEQ_ISA={name}"),
+                *(*flags, "-c", f"csrc/cpu/{kernel}.cpp"),
             ]
             for kernel in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
