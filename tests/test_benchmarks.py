@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import codegen, compare, gpu, memory, plots, report
+from benchmarks import codegen, compare, gpu, memory, overhead, plots, report
 from benchmarks.__main__ import _parser as command_parser
 from benchmarks.ops import FAMILIES, benchmarks_of
 from benchmarks.points import even_order, sweep
@@ -360,3 +360,27 @@ def test_codegen_report_names_failures():
     assert "| CompilationError: x |" in codegen.markdown(
         [{**where, "failure": "CompilationError: x"}]
     )
+
+
+# --- another commit, and instructions ------------------------------------------------------------
+
+
+def test_base_says_what_is_wrong(tmp_path, capsys):
+    arguments = ["layer_norm", "--device", "cpu", "--base", "no-such-commit"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "no-such-commit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "--base needs --out" in capsys.readouterr().err
+
+
+def test_options_of_the_other_tree_are_this_ones():
+    given = ["layer_norm", "--base", "HEAD~1", "--mode", "fwd", "--out=here", "--ops", "rms_norm"]
+    assert command._without(given, "--base", "--ops", "--out") == ["layer_norm", "--mode", "fwd"]
+
+
+def test_what_is_counted_is_a_call():
+    call = overhead.call_of("layer_norm", "fastseq")
+    assert call()["output"].shape == (4, 64)
+    with pytest.raises(SystemExit):
+        overhead.main(["no_such_operator"])
