@@ -141,8 +141,7 @@ def _read(kernel: Any) -> Usage:
         file.flush()
         resources = _disassemble("-res-usage", file.name)
         code = _disassemble("-sass", file.name)
-    # One instruction a line: /*0a30*/ @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)", code)
+    lines = _instructions(code)
     opcodes = [opcode for _, opcode, _ in lines]
     return Usage(
         kernel=kernel.metadata.name,
@@ -160,6 +159,11 @@ def _read(kernel: Any) -> Usage:
         tensor_cores=_count(opcodes, _PRODUCT),
         loop=_loop(_hottest(lines), kernel.metadata.num_warps),
     )
+
+
+def _instructions(code: str) -> list[tuple[str, str, str]]:
+    """(address, opcode, operands) of ``/*0a30*/ @P0 LDG.E.128 R4, desc[UR4][R2.64] ;`` and so on."""
+    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*)", code)
 
 
 _PRODUCT = r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"

@@ -384,3 +384,45 @@ def test_what_is_counted_is_a_call():
     assert call()["output"].shape == (4, 64)
     with pytest.raises(SystemExit):
         overhead.main(["no_such_operator"])
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P2 BRA 0x0090 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0060*/                   MUFU.EX2 R4, R5 ;
+        /*0070*/               @P0 BRA 0x0030 ;
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/              @!P1 BRA 0x0010 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0x00b0;
+"""
+
+
+def test_the_hottest_loop_is_found_and_bounded():
+    pytest.importorskip("triton")
+    from benchmarks import _ptx, roofline
+
+    lines = _ptx._instructions(SASS)
+    assert len(lines) == 12
+    loop = _ptx._loop(_ptx._hottest(lines), warps=8)
+    assert loop == _ptx.Loop(
+        instructions=5, special=1, bytes=18, tensor_flops=2 * 2 * 64 * 128 * 16
+    )
+    straight = [line for line in lines if line[1] != "BRA"]
+    assert _ptx._loop(_ptx._hottest(straight), warps=4).bytes == 16 + 16 + 2 + 16
+
+    kernel = _ptx.Usage("kernel", 256, *[0] * 11, loop)
+    bounds = roofline.estimate(kernel, 90)
+    assert bounds.issue == 5 * 8 / 4
+    assert bounds.special == 256 / 16
+    # 132 multiprocessors at 1.755 GHz, 989 TFLOP/s, 4.8 TB/s: 4269 flops, 20.7 bytes a cycle.
+    assert bounds.tensor == pytest.approx(2 * 2 * 64 * 128 * 16 / 4269, rel=1e-3)
+    assert bounds.memory == pytest.approx(256 * 18 / 20.72, rel=1e-3)
+    assert bounds.bound == "memory"
+    assert bounds.memory_share == 1
