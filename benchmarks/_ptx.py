@@ -162,7 +162,7 @@ def _read(kernel: Any) -> Usage:
 
 
 def _instructions(code: str) -> list[tuple[str, str, str]]:
-    """(address, opcode, operands) of ``/*0a30*/ @P0 LDG.E.128 R4, desc[UR4][R2.64] ;`` and so on."""
+    """(address, opcode, operands) of lines like ``/*0a30*/ @P0 LDG.E.128 R4, [R2.64] ;``."""
     return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*)", code)
 
 
