@@ -1,6 +1,7 @@
 // Registers the C++ ops: torch.ops.fastseq_C.*, private to fastseq/ops.
 #include <Python.h>
 
+#include "bindings/additive_attention.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
 #include "bindings/softmax.h"
@@ -52,6 +53,11 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def(
       "softmax_backward(Tensor grad_output, Tensor output, int length, int inner, bool log, "
       "bool masked, float scale, ScalarType input_dtype) -> Tensor");
+  m.def("additive_attention_scores(Tensor query, Tensor key, Tensor weight) -> Tensor");
+  m.def(
+      "additive_attention_gradients(Tensor grad_scores, Tensor query, Tensor key, Tensor weight) "
+      "-> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
@@ -68,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("softmax_forward", TORCH_BOX(&fastseq::softmax_forward_cpu));
   m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
   m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));
+  m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
+  m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
 }
 
 #ifdef FASTSEQ_CUDA

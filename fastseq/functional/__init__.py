@@ -1,5 +1,6 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
+from .additive_attention import additive_attention
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -9,6 +10,7 @@ from .softmax import log_softmax, masked_softmax, softmax
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",

@@ -2,6 +2,7 @@
 
 import torch
 
+from .additive_attention import AdditiveAttention
 from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .softmax import LogSoftmax, Softmax
@@ -18,6 +19,7 @@ DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "AdditiveAttention",
     "CrossEntropyLoss",
     "LayerNorm",
     "LogSoftmax",
