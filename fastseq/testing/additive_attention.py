@@ -138,7 +138,7 @@ _CASES = (
     _case("no batch", 0, 3, 5, 8, tiny=True),
     _case("no values' channels", 2, 3, 5, 8, 0, tiny=True),
     *(_case(f"{n} queries", 1, n, 31, 17, 24, tiny=n < 70) for n in (63, 64, 65, 127)),
-    *(_case(f"{n} keys", 1, 48, n, 20, 24, tiny=n < 70) for n in (31, 32, 63, 64, 65, 127)),
+    *(_case(f"{n} keys", 1, 48, n, 22, 24, tiny=n < 70) for n in (31, 32, 63, 64, 65, 127)),
     _case("padding", 3, 17, 35, 9, mask="padding", quick=True, tiny=True),
     _case("mask", 2, 9, 21, 16, mask="full", quick=True, tiny=True),
     _case("shared mask", 2, 9, 21, 16, mask="shared", tiny=True),
