@@ -164,6 +164,7 @@ OPERATORS = (
         lambda **arguments: {"output": functional.additive_attention(**arguments)},
         lambda **arguments: {"output": torch_additive_attention(**arguments)},
         _CASES,
-        ("query", "key", "value", "mask", "output"),
+        # No rows to compare to the bit: weights times values is a library's product, and that one's
+        # order of summation may depend on the batch.
     ),
 )
