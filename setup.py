@@ -38,13 +38,11 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
-EXACT = {name: ["-ffp-contract=off"] for name in ("layer_norm", "additive_attention")}
-CPU_KERNELS = [
-    "layer_norm",
-    "cross_entropy",
-    "softmax",
-    "additive_attention",
-]  # csrc/cpu/<family>.cpp
+EXACT = dict.fromkeys(
+    ("layer_norm", "additive_attention", "rotary_embedding"), ("-ffp-contract=off",)
+)
+# csrc/cpu/<family>.cpp
+CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding"]
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 
@@ -80,7 +78,7 @@ class BuildExtension(build_ext):
         math = ["-fno-math-errno", "-fno-trapping-math"]
         commands += [
             [
-                *(*host, *math, *EXACT.get(kernel, []), f"-DFASTSEQ_ISA={name}", *flags),
+                *(*host, *math, *EXACT.get(kernel, ()), f"-DFASTSEQ_ISA={name}", *flags),
                 *("-c", f"csrc/cpu/{kernel}.cpp"),
             ]
             for kernel in CPU_KERNELS

@@ -5,6 +5,12 @@ import torch
 from .additive_attention import AdditiveAttention
 from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .positional import (
+    LearnedPositionalEncoding,
+    RotaryEmbedding,
+    SinusoidalPositionalEncoding,
+    TokenPositionEmbedding,
+)
 from .softmax import LogSoftmax, Softmax
 
 #: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
@@ -22,7 +28,11 @@ __all__ = [
     "AdditiveAttention",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LearnedPositionalEncoding",
     "LogSoftmax",
     "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Softmax",
+    "TokenPositionEmbedding",
 ]
