@@ -47,7 +47,8 @@ def rotary_embedding(
         IndexError: a position lies outside the tables.
         NotImplementedError: the input is not floating point.
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, eq. 34.
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
+    eq. 34.
     """
     _validate(input, cos, sin, positions, offset)
     if positions is not None and positions.dim() == 1:
