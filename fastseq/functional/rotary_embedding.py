@@ -27,7 +27,8 @@ def rotary_embedding(
         y_2 = x_2 \cos\theta_p + x_1 \sin\theta_p
 
     for the pairs :math:`(x_1, x_2)` among the first R numbers of a row at position p; the other
-    numbers stay as they are. Pairs are ``(i, i + R / 2)``, or with ``interleaved`` ``(2i, 2i + 1)``.
+    numbers stay as they are. Pairs are ``(i, i + R / 2)``, or with ``interleaved``
+    ``(2i, 2i + 1)``.
 
     Args:
         input: ``[*, L, D]``, heads before the length as in attention; fp32, fp64, fp16 or bf16; any

@@ -3,6 +3,7 @@
 import torch
 
 from .additive_attention import AdditiveAttention
+from .attention import MultiheadAttention
 from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .positional import (
@@ -12,14 +13,27 @@ from .positional import (
     TokenPositionEmbedding,
 )
 from .softmax import LogSoftmax, Softmax
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 #: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
 DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.CrossEntropyLoss: CrossEntropyLoss,
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.LogSoftmax: LogSoftmax,
+    torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.RMSNorm: RMSNorm,
     torch.nn.Softmax: Softmax,
+    torch.nn.Transformer: Transformer,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
 }
 
 __all__ = [
@@ -30,9 +44,15 @@ __all__ = [
     "LayerNorm",
     "LearnedPositionalEncoding",
     "LogSoftmax",
+    "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",
     "TokenPositionEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
