@@ -38,11 +38,9 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
-EXACT = dict.fromkeys(
-    ("layer_norm", "additive_attention", "rotary_embedding"), ("-ffp-contract=off",)
-)
 # csrc/cpu/<family>.cpp
 CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding"]
+EXACT = ("layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding")
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 
@@ -76,10 +74,11 @@ class BuildExtension(build_ext):
             commands.append([*host, "-c", f"csrc/cpu/{name}.cpp"])
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
+        exact = ["-ffp-contract=off"]
         commands += [
             [
-                *(*host, *math, *EXACT.get(kernel, ()), f"-DFASTSEQ_ISA={name}", *flags),
-                *("-c", f"csrc/cpu/{kernel}.cpp"),
+                *(*host, *math, *(exact if kernel in EXACT else []), f"-DFASTSEQ_ISA={name}"),
+                *(*flags, "-c", f"csrc/cpu/{kernel}.cpp"),
             ]
             for kernel in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()

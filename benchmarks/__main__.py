@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure; ``compare``: what moved; ``table``: results as Markdown."""
+"""``python -m benchmarks``, and its ``compare``, ``table`` and ``overhead``: docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, environment, memory, plots, report
+from . import base, compare, environment, memory, overhead, plots, report
 from .ops import FAMILIES, benchmarks_of
 from .points import Point, sweep
 from .registry import DTYPES, MODES, SUITES
@@ -23,12 +23,12 @@ from .runner import Runner, Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"compare": _compare, "table": _table}
+    commands = {"compare": _compare, "table": _table, "overhead": overhead.main}
     try:
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
         return _measure(arguments)
-    except ResultsError as error:
+    except (ResultsError, base.BaseError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time fastseq against torch and others. A provider that computes something "
-        "wrong gets no time. Also: `compare A B` and `table RESULTS`.",
+        "wrong gets no time. Also: `compare A B`, `table RESULTS`, `overhead`.",
     )
     parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--ops", help="only these operators, separated by commas")
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write files here")
     formats = ("svg", "png")
     parser.add_argument("--plots", type=_listed(formats), default=list(formats), help="svg,png")
+    parser.add_argument(
+        "--base", metavar="REV", help="measure this commit too, in turn, and compare; needs --out"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the rows DIR has already")
     return parser
 
@@ -117,6 +120,14 @@ def _measure(arguments: list[str]) -> int:
         if not set(names) <= set(known):
             parser.error(f"--ops {options.ops}: expected some of {', '.join(known)}")
         chosen = tuple(b for b in chosen if b.operator.name in names)
+    if options.base:
+        if options.out is None:
+            parser.error("--base needs --out, the folder for both results")
+        names = [benchmark.operator.name for benchmark in chosen]
+        rest = _without(arguments, "--base", "--ops", "--out")
+        rest = [argument for argument in rest if argument not in FAMILIES]
+        both = base.measure(options.base, names, rest, options.out)
+        return _compare([str(folder) for folder in both])
     allowed = memory.GPU_POLICIES if name == "cuda" else memory.CPU_POLICIES
     # Fresh comes first: see memory.set_allocation.
     policies = [p for p in reversed(allowed) if p in (options.memory or allowed)]
@@ -144,6 +155,18 @@ def _measure(arguments: list[str]) -> int:
         check_same_origin(kept.environment, results.environment)
         results.rows, results.ceilings = kept.rows, kept.ceilings
     return _run(settings, results, phases, options.out, options.plots)
+
+
+def _without(arguments: list[str], *options: str) -> list[str]:
+    """The arguments but for these options and their values."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in options:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept
 
 
 def _run(

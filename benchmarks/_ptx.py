@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ from fastseq.kernels import common
 
 #: Architectures, with the multiprocessors of a chip of each: A100, H200, B200.
 ARCHITECTURES = {80: 108, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One pass of a kernel's hottest loop, or of a whole kernel that has none: per thread, but for
+    the products, which are a program's."""
+
+    instructions: int
+    special: int  # exp2, log2, reciprocals, ...: a quarter as fast as the rest or slower
+    bytes: int  # to and from global memory
+    tensor_flops: int  # in 16 bits; products in TF32 count twice, for they take twice as long
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Usage:
     wide_stores: int
     stores: int
     tensor_cores: int  # matrix products: of a warp, or of a group of warps (Hopper, Blackwell)
+    loop: Loop
 
 
 class _Driver:
@@ -128,8 +141,8 @@ def _read(kernel: Any) -> Usage:
         file.flush()
         resources = _disassemble("-res-usage", file.name)
         code = _disassemble("-sass", file.name)
-    # One instruction a line: /*0a30*/ @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    lines = _instructions(code)
+    opcodes = [opcode for _, opcode, _ in lines]
     return Usage(
         kernel=kernel.metadata.name,
         threads=32 * kernel.metadata.num_warps,
@@ -143,8 +156,53 @@ def _read(kernel: Any) -> Usage:
         loads=_count(opcodes, r"(LDG|LDGSTS)\b"),
         wide_stores=_count(opcodes, r"STG\b.*\.128"),
         stores=_count(opcodes, r"STG\b"),
-        tensor_cores=_count(opcodes, r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"),
+        tensor_cores=_count(opcodes, _PRODUCT),
+        loop=_loop(_hottest(lines), kernel.metadata.num_warps),
     )
+
+
+def _instructions(code: str) -> list[tuple[str, str, str]]:
+    """(address, opcode, operands) of lines like ``/*0a30*/ @P0 LDG.E.128 R4, [R2.64] ;``."""
+    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*)", code)
+
+
+_PRODUCT = r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"
+
+
+def _hottest(lines: list[tuple[str, str, str]]) -> list[str]:
+    """The opcodes of the innermost loop with most products, else accesses, else instructions."""
+    addresses = [int(address, 16) for address, _, _ in lines]
+    opcodes = [opcode for _, opcode, _ in lines]
+    spans = []
+    for end, (address, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) < int(address, 16):
+            spans.append((bisect_left(addresses, int(target[1], 16)), end + 1))
+    inner = [
+        (a, b)
+        for a, b in spans
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
+    ]
+    loops = [opcodes[a:b] for a, b in inner] or [opcodes]
+    accesses = r"(LDG|LDGSTS|STG)\b"
+    return max(loops, key=lambda o: (_count(o, _PRODUCT), _count(o, accesses), len(o)))
+
+
+def _loop(opcodes: list[str], warps: int) -> Loop:
+    size = 0
+    flops = 0
+    for opcode in opcodes:
+        parts = opcode.split(".")
+        if parts[0] in ("LDG", "LDGSTS", "STG"):
+            narrow = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+            size += next((narrow[part] for part in parts if part in narrow), 4)
+        slow = 2 if "TF32" in parts else 1
+        if parts[0] == "HMMA":  # of a warp: HMMA.16816 is [16, 16] times [16, 8]
+            flops += 2 * 16 * 8 * int(parts[1][3:]) * warps * slow
+        elif parts[0] == "HGMMA":  # of four: HGMMA.64x128x16
+            m, n, k = map(int, parts[1].split("x"))
+            flops += 2 * m * n * k * (warps // 4) * slow
+    return Loop(len(opcodes), _count(opcodes, r"MUFU\b"), size, flops)
 
 
 def _resource(text: str, name: str) -> int:

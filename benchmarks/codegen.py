@@ -3,7 +3,7 @@
 Each operator of the registry is called, forward and backward, with the row lengths of the GPU suite
 while a stand-in driver names the architecture: the kernels a GPU would get are compiled, at the
 launch configuration it would get, and their machine code is read (see ``benchmarks/_ptx.py``).
-Written as Markdown and JSON.
+Written as Markdown and JSON, with what bounds each kernel by the arithmetic of ``roofline.py``.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def _entries(
     architecture: int, benchmark: Benchmark, sizes: Sizes, dtype: str
 ) -> list[dict[str, Any]]:
     from ._ptx import measure  # imports Triton's compiler: --help need not
+    from .roofline import estimate
 
     operator = benchmark.operator
     problem = make_problem(operator, sizes, DTYPES[dtype], "cpu")
@@ -106,7 +107,11 @@ def _entries(
             kernels = measure(lambda: run(operator.ours, problem) and None, architecture)
     except Exception as error:  # one kernel that does not compile must not hide the others
         return [{**where, "failure": f"{type(error).__name__}: {error}".splitlines()[0]}]
-    return [{**where, **asdict(usage)} for usage in kernels]
+    estimates = [estimate(usage, architecture) for usage in kernels]
+    return [
+        {**where, **asdict(usage), "cycles": asdict(cycles), "bound": cycles.bound}
+        for usage, cycles in zip(kernels, estimates, strict=True)
+    ]
 
 
 @contextmanager
@@ -128,16 +133,19 @@ def resident_threads(registers: int) -> int:
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """A line a kernel: registers, the threads they leave room for, spills, memory accesses."""
+    """A line a kernel: registers, the threads they leave room for, spills, memory accesses; of its
+    hottest loop the instructions, the cycles of ``roofline.estimate``, and which of them bound it.
+    """
     lines = [
         "| operator | row | dtype | sm | kernel | registers | threads/SM | spilled B | shared B "
-        "| instructions | 16-byte loads | 16-byte stores |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| instructions | 16-byte loads | 16-byte stores | products | loop | issue | special "
+        "| tensor | memory | bound |",
+        "|---|---:|---|---:|---|" + "---:|" * 13 + "---|",
     ]
     for entry in entries:
         start = [entry[name] for name in ("operator", "length", "dtype", "architecture")]
         if "failure" in entry:
-            cells = [*start, entry["failure"], *[""] * 7]
+            cells = [*start, entry["failure"], *[""] * 14]
         else:
             cells = [
                 *start,
@@ -149,6 +157,10 @@ def markdown(entries: list[dict[str, Any]]) -> str:
                 entry["instructions"],
                 f"{entry['wide_loads']} of {entry['loads']}",
                 f"{entry['wide_stores']} of {entry['stores']}",
+                entry["tensor_cores"],
+                entry["loop"]["instructions"],
+                *(round(cycles) for cycles in entry["cycles"].values()),
+                entry["bound"],
             ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -13,6 +13,8 @@ import torch
 # The options of glibc's mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = -1
+#: Bytes of heap that ``reused`` faults in at once.
+_HEAP = 1 << 29
 
 #: On the CPU: whether a call's output lands on pages the process already has.
 CPU_POLICIES = ("reused", "fresh")
@@ -37,7 +39,9 @@ def set_allocation(policy: str) -> bool:
     if not hasattr(library, "mallopt"):
         return False
     if policy == "reused":
-        return bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER))
+        done = library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, _NEVER)
+        _fault_in(library)
+        return bool(done)
     done = (
         library.mallopt(_MMAP_MAX, 65536)
         and library.mallopt(_MMAP_THRESHOLD, 128 * 1024)
@@ -46,6 +50,21 @@ def set_allocation(policy: str) -> bool:
     gc.collect()
     library.malloc_trim(0)
     return bool(done)
+
+
+def _fault_in(library: ctypes.CDLL) -> None:
+    """Leave a large free block of touched pages in the heap.
+
+    glibc asks for a little more than an aligned block needs and gives the rest away, so a block
+    that was freed seldom serves the next of its size (before 2.38): only a larger one does.
+    """
+    library.malloc.restype = ctypes.c_void_p
+    library.malloc.argtypes = [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    block = library.malloc(_HEAP)
+    if block:
+        ctypes.memset(block, 1, _HEAP)
+        library.free(block)
 
 
 def page_faults(call: Callable[[], object]) -> int:

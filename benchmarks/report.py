@@ -124,10 +124,10 @@ def show_environment(results: Results, console: Console) -> None:
 
 
 def markdown(results: Results, provider: str = "fastseq", *, policy: str | None = None) -> str:
-    """The speedups over the baseline as a Markdown table, one line an operator and mode.
+    """The speedups over the baseline as Markdown tables, one line an operator and mode.
 
-    Columns are the sizes; each cell has the dtypes in their order. The command that made the
-    results stands below.
+    Operators of the same sizes share a table, whose columns these are; each cell has the dtypes in
+    their order. The command that made the results stands below.
     """
     rows = [
         row
@@ -137,32 +137,36 @@ def markdown(results: Results, provider: str = "fastseq", *, policy: str | None 
     if not rows:
         return f"no results of {provider}"
     parts = []
-    for threads, chosen in _by(rows, "threads", "policy"):
-        labels = list(dict.fromkeys(row.label for row in chosen))
-        dtypes = list(dict.fromkeys(row.dtype for row in chosen))
-        count = f"{threads[0]} thread{'' if threads[0] == 1 else 's'}"
-        place = chosen[0].policy if chosen[0].device == "cuda" else count
-        outputs = "" if chosen[0].device == "cuda" else f", {chosen[0].policy} outputs"
-        lines = [
-            f"Times faster than torch, {' / '.join(dtypes)} ({place}{outputs}):",
-            "",
-            f"| | {' | '.join(labels)} |",
-            f"|---|{'---:|' * len(labels)}",
-        ]
-        for names, same in _by(chosen, "operator", "mode"):
-            cells = []
-            for label in labels:
-                found = {row.dtype: row.speedup for row in same if row.label == label}
-                values = [f"{found[d]:.2f}" if found.get(d) else "-" for d in dtypes]
-                cells.append(" / ".join(values))
-            lines.append(f"| `{names[0]}` {names[1]} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+    for place, placed in _by(rows, "device", "threads", "policy"):
+        dtypes = list(dict.fromkeys(row.dtype for row in placed))
+        parts.append(f"Times faster than torch, {' / '.join(dtypes)} ({_place(*place)}):")
+        tables: dict[tuple[str, ...], list[Row]] = {}
+        for _, same in _by(placed, "operator"):
+            tables.setdefault(tuple(dict.fromkeys(row.label for row in same)), []).extend(same)
+        parts += [_speedups(chosen, labels, dtypes) for labels, chosen in tables.items()]
     env = results.environment
     parts.append(
         f"{env['device']}, torch {env['torch']}, fastseq {env['commit']}"
         f"{' with changes' if env.get('dirty') else ''}, {env['date'][:10]}: `{env['command']}`"
     )
     return "\n\n".join(parts)
+
+
+def _place(device: str, threads: int, policy: str) -> str:
+    if device == "cuda":
+        return policy
+    return f"{threads} thread{'' if threads == 1 else 's'}, {policy} outputs"
+
+
+def _speedups(rows: list[Row], labels: tuple[str, ...], dtypes: list[str]) -> str:
+    lines = [f"| | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
+    for (operator, mode), same in _by(rows, "operator", "mode"):
+        cells = []
+        for label in labels:
+            found = {row.dtype: row.speedup for row in same if row.label == label}
+            cells.append(" / ".join(f"{found[d]:.2f}" if found.get(d) else "-" for d in dtypes))
+        lines.append(f"| `{operator}` {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _by(rows: Iterable[Row], *names: str) -> list[tuple[tuple[object, ...], list[Row]]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import codegen, compare, gpu, memory, plots, report
+from benchmarks import codegen, compare, gpu, memory, overhead, plots, report
 from benchmarks.__main__ import _parser as command_parser
 from benchmarks.ops import FAMILIES, benchmarks_of
 from benchmarks.points import even_order, sweep
@@ -131,7 +131,6 @@ def test_every_mode_of_every_registered_operator_runs(mode):
 # --- timing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 def test_a_known_ratio_is_found():
     results = _run([_benchmark(ours=_slow(0.004), torchs=_slow(0.008))])
     row = next(row for row in results.rows if row.provider == "fastseq")
@@ -149,7 +148,6 @@ def test_pairs_cancel_what_slows_both():
     assert noise(paired, paired, 7) == 1  # a baseline that is off from itself by 100 %
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 @pytest.mark.skipif(not memory.set_allocation("reused"), reason="no glibc")
 def test_reused_blocks_do_not_fault():
     """In a process of its own: what the heap holds already would tell on it."""
@@ -226,7 +224,6 @@ def test_results_of_another_commit_are_not_resumed(tmp_path, capsys):
 # --- comparing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # a matter of time or of the heap's history: for a quiet machine
 def test_a_planted_slowdown_is_seen(tmp_path, capsys):
     for name, seconds in (("old", 0.004), ("same", 0.004), ("slower", 0.0054)):
         benchmark = _benchmark(ours=_slow(seconds), torchs=_slow(0.008))
@@ -363,3 +360,69 @@ def test_codegen_report_names_failures():
     assert "| CompilationError: x |" in codegen.markdown(
         [{**where, "failure": "CompilationError: x"}]
     )
+
+
+# --- another commit, and instructions ------------------------------------------------------------
+
+
+def test_base_says_what_is_wrong(tmp_path, capsys):
+    arguments = ["layer_norm", "--device", "cpu", "--base", "no-such-commit"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "no-such-commit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "--base needs --out" in capsys.readouterr().err
+
+
+def test_options_of_the_other_tree_are_this_ones():
+    given = ["layer_norm", "--base", "HEAD~1", "--mode", "fwd", "--out=here", "--ops", "rms_norm"]
+    assert command._without(given, "--base", "--ops", "--out") == ["layer_norm", "--mode", "fwd"]
+
+
+def test_what_is_counted_is_a_call():
+    call = overhead.call_of("layer_norm", "fastseq")
+    assert call()["output"].shape == (4, 64)
+    with pytest.raises(SystemExit):
+        overhead.main(["no_such_operator"])
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P2 BRA 0x0090 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0060*/                   MUFU.EX2 R4, R5 ;
+        /*0070*/               @P0 BRA 0x0030 ;
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/              @!P1 BRA 0x0010 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0x00b0;
+"""
+
+
+def test_the_hottest_loop_is_found_and_bounded():
+    pytest.importorskip("triton")
+    from benchmarks import _ptx, roofline
+
+    lines = _ptx._instructions(SASS)
+    assert len(lines) == 12
+    loop = _ptx._loop(_ptx._hottest(lines), warps=8)
+    assert loop == _ptx.Loop(
+        instructions=5, special=1, bytes=18, tensor_flops=2 * 2 * 64 * 128 * 16
+    )
+    straight = [line for line in lines if line[1] != "BRA"]
+    assert _ptx._loop(_ptx._hottest(straight), warps=4).bytes == 16 + 16 + 2 + 16
+
+    kernel = _ptx.Usage("kernel", 256, *[0] * 11, loop)
+    bounds = roofline.estimate(kernel, 90)
+    assert bounds.issue == 5 * 8 / 4
+    assert bounds.special == 256 / 16
+    # 132 multiprocessors at 1.755 GHz, 989 TFLOP/s, 4.8 TB/s: 4269 flops, 20.7 bytes a cycle.
+    assert bounds.tensor == pytest.approx(2 * 2 * 64 * 128 * 16 / 4269, rel=1e-3)
+    assert bounds.memory == pytest.approx(256 * 18 / 20.72, rel=1e-3)
+    assert bounds.bound == "memory"
+    assert bounds.memory_share == 1

@@ -38,8 +38,6 @@ RECORDED = {
 #: Registers the compiler may take beyond those recorded.
 SLACK = 8
 
-pytestmark = pytest.mark.slow
-
 
 def _measure(*options: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -18,10 +18,7 @@ from fastseq.ops._op import REGISTRY
 from fastseq.testing import OPERATORS, Operator, Problem, make_problem, run
 
 CPU = torch.device("cpu")
-OPERATOR_NAMES = [
-    name if operator.family == "layer_norm" else pytest.param(name, marks=pytest.mark.slow)
-    for name, operator in OPERATORS.items()
-]
+OPERATOR_NAMES = list(OPERATORS)
 
 
 def quick(operator: Operator, dtype: torch.dtype = torch.float32) -> list[Problem]:

@@ -21,8 +21,6 @@ needs_interpreter = pytest.mark.skipif(
     not INTERPRETED, reason="Triton's interpreter is off (TRITON_INTERPRET=1)"
 )
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def short_limits(monkeypatch):

@@ -7,12 +7,16 @@
 namespace fastseq {
 namespace {
 
-// Hands out tasks of count elements each.
-template <class Kernel, class Problem>
-void run_softmax(const SoftmaxCpu& kernels, Kernel kernel, const Problem& problem, DType dtype) {
-  const int64_t tasks = softmax_tasks(kernels, problem.outer, problem.inner, dtype);
-  const int64_t columns = problem.inner < kernels.columns ? problem.inner : kernels.columns;
-  parallel(tasks, grain(problem.length * columns),
+// Runs a kernel on all tasks of a problem.
+template <class Problem>
+void run_softmax(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem,
+                 DType dtype, bool forward) {
+  const DType compute = dtype == DType::f64 ? dtype : DType::f32;
+  int64_t columns = 1;
+  if (problem.inner > 1)
+    columns = instruction_set().softmax->columns(problem.length, compute, forward);
+  const int64_t tasks = problem.outer * ((problem.inner + columns - 1) / columns);
+  parallel(tasks, grain(problem.length * (problem.inner < columns ? problem.inner : columns)),
            [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
 
@@ -29,8 +33,7 @@ Tensor softmax_forward_cpu(Tensor input, int64_t length, int64_t inner, bool log
   problem.input = rows_of(input, inner == 1 ? length : inner);
   problem.output = rows_of(output, inner == 1 ? length : inner);
   problem.past_cache = past_cache(output);
-  const SoftmaxCpu& kernels = *instruction_set().softmax;
-  run_softmax(kernels, kernels.forward, problem, problem.input.dtype);
+  run_softmax(instruction_set().softmax->forward, problem, problem.input.dtype, true);
   return output;
 }
 
@@ -63,8 +66,7 @@ Tensor masked_softmax_forward_cpu(Tensor input, std::optional<Tensor> mask, int6
   problem.mask = mask_of(mask);
   problem.causal = {queries, causal_offset};
   problem.past_cache = past_cache(output);
-  const SoftmaxCpu& kernels = *instruction_set().softmax;
-  run_softmax(kernels, kernels.forward, problem, problem.input.dtype);
+  run_softmax(instruction_set().softmax->forward, problem, problem.input.dtype, true);
   return output;
 }
 
@@ -83,8 +85,9 @@ Tensor softmax_backward_cpu(Tensor grad_output, Tensor output, int64_t length, i
   problem.output = rows_of(output, row_length);
   problem.grad_input = rows_of(grad_input, row_length);
   problem.past_cache = past_cache(grad_input);
-  const SoftmaxCpu& kernels = *instruction_set().softmax;
-  run_softmax(kernels, kernels.backward, problem, problem.output.dtype);
+  STD_TORCH_CHECK(problem.grad_output.dtype == problem.output.dtype,
+                  "softmax: grad_output must have the output's dtype");
+  run_softmax(instruction_set().softmax->backward, problem, problem.output.dtype, false);
   return grad_input;
 }
 

@@ -34,12 +34,12 @@ enum class Smoothing { none, plain, weighted };
 inline F32x hyperbolic_tangent(F32x x) {
   const F32x square = x * x;
   // Chebyshev's fit of (tanh(x) - x) / x^3: 6e-9 off at most.
-  F32x q = square * 0x1.296eeep-9f + -0x1.10b97ep-7f;
-  q = q * square + 0x1.648e10p-6f;
-  q = q * square + -0x1.ba070ep-5f;
-  q = q * square + 0x1.1110e4p-3f;
-  q = q * square + -0x1.555556p-2f;
-  const F32x small = x + x * square * q;
+  F32x q = fma(square, splat(0x1.296eeep-9f), splat(-0x1.10b97ep-7f));
+  q = fma(q, square, splat(0x1.648e10p-6f));
+  q = fma(q, square, splat(-0x1.ba070ep-5f));
+  q = fma(q, square, splat(0x1.1110e4p-3f));
+  q = fma(q, square, splat(-0x1.555556p-2f));
+  const F32x small = fma(x * square, q, x);
   const F32x magnitude = x < 0 ? -x : x;
   const F32x tail = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
   return magnitude < 0.6f ? small : x < 0 ? -tail : tail;
@@ -140,8 +140,8 @@ inline Sums<T> block_sums(const M* x, int64_t n, T top, T pivot, const T* weight
   for (; i + 2 * width <= n; i += 2 * width) {
     add(0, load(x + i), weights(i, width), all);
     add(1, load(x + i + width), weights(i + width, width), all);
-    __builtin_prefetch(x + i + kBlock, 0, 2);
-    if (sizeof(M) == sizeof(T)) __builtin_prefetch(x + i + width + kBlock, 0, 2);
+    __builtin_prefetch(x + i + kAhead, 0, 2);
+    if (sizeof(M) == sizeof(T)) __builtin_prefetch(x + i + width + kAhead, 0, 2);
   }
   for (; i < n; i += width) {
     const int64_t count = n - i;
@@ -171,8 +171,8 @@ void forward_row(const CrossEntropyForward& args, int64_t row, const T* weight) 
 
   T raw_top = T(-kInfinity), top = raw_top;
   Sums<T> total;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t length = n - begin < kBlock ? n - begin : kBlock;
+  for (int64_t begin = 0; begin < n; begin += block<T>) {
+    const int64_t length = n - begin < block<T> ? n - begin : block<T>;
     const T highest = largest<T>(x + begin, length);
     if (highest > raw_top) {
       const T before = top;

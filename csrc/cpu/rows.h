@@ -15,7 +15,6 @@ template <class T>
 using V = typename Simd<T>::V;
 template <class T>
 constexpr int lanes = Simd<T>::lanes;
-constexpr int64_t kBlock = 4096;  // elements handled at a time, in L1
 // Summands of one partial sum, 256 for each lane: bounds the error of long rows.
 template <class T>
 constexpr int64_t block = 256 * lanes<T>;
@@ -43,14 +42,6 @@ struct Ahead {
   // Into L2: L1 is full of the row at hand.
   void prefetch(int64_t i) const { __builtin_prefetch(data + i * size, 0, 2); }
 };
-
-// x, rounded to its type and no further: without this the compiler may fuse the product x was made
-// of into what x is used for, and do so for some rows and not for others.
-template <class T>
-inline T settled(T x) {
-  volatile T result = x;
-  return result;
-}
 
 // Calls f with a null pointer of the memory type; only the types a compute type can meet.
 template <class T, class F>

@@ -7,11 +7,10 @@
 // lies between the sweeps is kept in fp32 in a buffer that L1 or L2 holds, so exp is taken once an
 // element and 16-bit numbers are converted once.
 //
-// Along another dimension the elements of a column lie apart, and those of neighbouring columns
-// side by side: columns are taken kTile vectors at a time, a lane each, and nothing goes across
-// lanes. The buffer serves here, too: the rows of such a tile often lie a power of two apart, where
-// a few hundred of them fall into the same sets of the cache and throw each other out. Columns too
-// long for a buffer in L2 are read in every sweep.
+// Short rows go by a few at a time, phase by phase: what is done across the lanes of one (its
+// maximum, its sum, a division) takes long and hinders nobody else.
+//
+// Along another dimension: softmax_columns.h.
 //
 // Arithmetic is in the compute type T (float, or double for fp64); M is a type in memory.
 #include "softmax.h"
@@ -21,20 +20,20 @@
 #include "exp.h"
 #include "rows.h"
 #include "scratch.h"
+#include "softmax_columns.h"
 
 extern "C" double log(double);
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-constexpr int kTile = 4;                   // vectors of a tile of columns
-constexpr int64_t kBuffer = 512 << 10;     // bytes a tile's buffer may take of L2
-constexpr int64_t kColumnBlock = 1 << 10;  // summands of a partial sum over a column
-constexpr int64_t kRowsAhead = 16;         // rows of a column to look ahead
+constexpr int64_t kTogether = 8;  // rows at most
+// Elements of them, so that what a phase leaves is in L1 for the next.
+constexpr int64_t kTogetherElements = 2048;
 
-template <class T>
-inline T infinity() {
-  return static_cast<T>(__builtin_inf());
+inline int64_t rows_together(int64_t n) {
+  const int64_t rows = kTogetherElements / n;
+  return rows < 1 ? 1 : rows < kTogether ? rows : kTogether;
 }
 
 // v in the first count lanes, -Inf in the others.
@@ -66,22 +65,36 @@ T row_maximum(const M* x, int64_t n) {
   return horizontal_maximum<T>(maximum(even, odd));
 }
 
-// e^x for results that are rounded to 16 bits (Coarse), or for any.
-template <class T, bool Coarse>
-inline V<T> power_of(V<T> x) {
-  if constexpr (Coarse)
-    return exp_coarse(x);
-  else
-    return exp(x);
+#if defined(__AVX512BW__)
+// As integers bf16 numbers are ordered once the negative ones are turned round: 32 at a time. A NaN
+// may come out as the maximum; its row is NaN anyway.
+template <>
+float row_maximum<float, bf16>(const bf16* x, int64_t n) {
+  const auto ordered = [](__m512i v) {
+    return _mm512_xor_si512(v, _mm512_srli_epi16(_mm512_srai_epi16(v, 15), 1));
+  };
+  __m512i most = _mm512_set1_epi16(INT16_MIN);
+  for (int64_t i = 0; i < n; i += 32) {
+    const uint32_t mask = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
+    const __m512i v = _mm512_maskz_loadu_epi16(mask, x + i);
+    most = _mm512_mask_max_epi16(most, mask, most, ordered(v));
+  }
+  __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  __m128i rest = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  // The unsigned minimum is what there is an instruction for.
+  rest = _mm_minpos_epu16(_mm_xor_si128(rest, _mm_set1_epi16(0x7fff)));
+  const auto top = static_cast<uint16_t>(_mm_extract_epi16(rest, 0) ^ 0x7fff);
+  return to_float(bf16{static_cast<uint16_t>(top ^ (static_cast<int16_t>(top) < 0 ? 0x7fff : 0))});
 }
+#endif
 
 // exp(x - shift), or with Log x - shift, into the buffer; returns the sum of exp(x - shift).
 template <class T, class M, bool Log, bool Coarse>
 double exponentials(const M* x, T shift, T* buffer, int64_t n, const Ahead& ahead) {
   constexpr int width = lanes<T>;
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+  for (int64_t begin = 0; begin < n; begin += block<T>) {
+    const int64_t end = begin + block<T> < n ? begin + block<T> : n;
     V<T> sum = {};
     int64_t i = begin;
     for (; i + width <= end; i += width) {
@@ -102,49 +115,72 @@ double exponentials(const M* x, T shift, T* buffer, int64_t n, const Ahead& ahea
   return total;
 }
 
-// Whether the numbers of a row come in and go out in 16 bits.
-inline bool is_coarse(const SoftmaxForward& args) {
-  return element_size(args.input.dtype) == 2 && element_size(args.output.dtype) == 2;
-}
-
+// The output from the first n elements in the buffer; a masked row has zeros after them.
 template <class T, bool Log>
-void write_normalized(const SoftmaxForward& args, int64_t row, const T* buffer, double total) {
+void write_normalized(const SoftmaxForward& args, int64_t row, const T* buffer, int64_t n,
+                      double total) {
   with_type<T>(args.output.dtype, [&](auto* type) {
     auto* y = reinterpret_cast<decltype(type)>(row_of(args.output, row));
+    const auto nothing = [](int64_t) {};
     if constexpr (Log) {
       const T offset = static_cast<T>(::log(total));
       write_values<T>(
-          y, args.length, args.past_cache,
-          [=](int64_t i, auto read) { return read(buffer + i) - offset; }, [](int64_t) {});
+          y, n, args.past_cache, [=](int64_t i, auto read) { return read(buffer + i) - offset; },
+          nothing);
     } else {
       // Only a masked row can sum up to 0: all its exponentials are 0 then, and so is the result.
       const T factor = total == 0 ? T(0) : static_cast<T>(1.0 / total);
       write_values<T>(
-          y, args.length, args.past_cache,
-          [=](int64_t i, auto read) { return read(buffer + i) * factor; }, [](int64_t) {});
+          y, n, args.past_cache, [=](int64_t i, auto read) { return read(buffer + i) * factor; },
+          nothing);
     }
+    if (n < args.length)
+      write_values<T>(
+          y + n, args.length - n, args.past_cache, [](int64_t, auto) { return V<T>{}; }, nothing);
   });
+}
+
+// Calls f(row, r, buffer of its own) for up to kTogether rows: first one phase for all, then the
+// next.
+template <class T, class First, class Second, class Third>
+void by_phases(int64_t n, int64_t begin, int64_t end, First first, Second second, Third third) {
+  const int64_t together = rows_together(n), stride = (n / lanes<T> + 1) * lanes<T>;
+  T* const buffer =
+      static_cast<T*>(thread_scratch(static_cast<size_t>(together * stride) * sizeof(T)));
+  for (int64_t row = begin; row < end; row += together) {
+    const int64_t count = end - row < together ? end - row : together;
+    for (int64_t r = 0; r < count; ++r) first(row + r, r, buffer + r * stride);
+    for (int64_t r = 0; r < count; ++r) second(row + r, r, buffer + r * stride);
+    for (int64_t r = 0; r < count; ++r) third(row + r, r, buffer + r * stride);
+  }
+  fence();
 }
 
 template <class T, bool Log>
 void forward_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
+  T most[kTogether];
+  double total[kTogether];
   with_type<T>(args.input.dtype, [&](auto* type) {
     using M = std::remove_pointer_t<decltype(type)>;
-    for (int64_t row = begin; row < end; ++row) {
-      const M* x = reinterpret_cast<const M*>(row_of(args.input, row));
-      const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
-      const T maximum = row_maximum<T>(x, n);
-      double total = 0;
-      if (sizeof(M) == 2 && is_coarse(args))
-        total = exponentials<T, M, Log, sizeof(M) == 2>(x, maximum, buffer, n, ahead);
-      else
-        total = exponentials<T, M, Log, false>(x, maximum, buffer, n, ahead);
-      write_normalized<T, Log>(args, row, buffer, total);
-    }
+    constexpr bool narrow = sizeof(M) == 2;
+    const bool coarse = narrow && is_coarse(args.input, args.output);
+    const auto row_at = [&](int64_t row) {
+      return reinterpret_cast<const M*>(row_of(args.input, row));
+    };
+    by_phases<T>(
+        n, begin, end,
+        [&](int64_t row, int64_t r, T*) { most[r] = row_maximum<T>(row_at(row), n); },
+        [&](int64_t row, int64_t r, T* buffer) {
+          const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
+          total[r] = coarse
+                         ? exponentials<T, M, Log, narrow>(row_at(row), most[r], buffer, n, ahead)
+                         : exponentials<T, M, Log, false>(row_at(row), most[r], buffer, n, ahead);
+        },
+        [&](int64_t row, int64_t r, T* buffer) {
+          write_normalized<T, Log>(args, row, buffer, n, total[r]);
+        });
   });
-  fence();
 }
 
 // ---- masked rows
@@ -229,66 +265,54 @@ T masked_scores(const SoftmaxForward& args, int64_t row, T* buffer, int64_t n) {
   return most;
 }
 
+// The columns that a row may see.
+inline int64_t columns_seen(const SoftmaxForward& args, int64_t row) {
+  if (args.causal.queries == 0) return args.length;
+  const int64_t seen = row % args.causal.queries + args.causal.offset + 1;
+  return seen < 0 ? 0 : seen > args.length ? args.length : seen;
+}
+
 template <class T>
 void forward_masked(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(n + lanes<T>) * sizeof(T)));
+  T shift[kTogether];
+  double total[kTogether];
   with_type<T>(args.input.dtype, [&](auto* type) {
     using M = std::remove_pointer_t<decltype(type)>;
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t seen = n;
-      if (args.causal.queries != 0) {
-        seen = row % args.causal.queries + args.causal.offset + 1;
-        seen = seen < 0 ? 0 : seen > n ? n : seen;
-      }
-      const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
-      const T most = masked_scores<T, M>(args, row, buffer, seen);
-      // A row without anything that takes part: exp(-Inf - 0) = 0, but NaN stays NaN.
-      const T shift = most == -infinity<T>() ? T(0) : most;
-      constexpr bool narrow = sizeof(M) == 2;
-      const double total =
-          narrow && is_coarse(args)
-              ? exponentials<T, T, false, narrow>(buffer, shift, buffer, seen, ahead)
-              : exponentials<T, T, false, false>(buffer, shift, buffer, seen, ahead);
-      for (int64_t i = seen; i < n; ++i) buffer[i] = 0;
-      write_normalized<T, false>(args, row, buffer, total);
-    }
+    constexpr bool narrow = sizeof(M) == 2;
+    const bool coarse = narrow && is_coarse(args.input, args.output);
+    by_phases<T>(
+        n, begin, end,
+        [&](int64_t row, int64_t r, T* buffer) {
+          const T most = masked_scores<T, M>(args, row, buffer, columns_seen(args, row));
+          // A row without anything that takes part: exp(-Inf - 0) = 0, but NaN stays NaN.
+          shift[r] = most == -infinity<T>() ? T(0) : most;
+        },
+        [&](int64_t row, int64_t r, T* buffer) {
+          const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
+          const int64_t seen = columns_seen(args, row);
+          total[r] = coarse
+                         ? exponentials<T, T, false, narrow>(buffer, shift[r], buffer, seen, ahead)
+                         : exponentials<T, T, false, false>(buffer, shift[r], buffer, seen, ahead);
+        },
+        [&](int64_t row, int64_t r, T* buffer) {
+          // Whole vectors, so that the zeros after them begin where they may be streamed.
+          int64_t seen = columns_seen(args, row);
+          for (; seen < n && seen % lanes<T> != 0; ++seen) buffer[seen] = 0;
+          write_normalized<T, false>(args, row, buffer, seen, total[r]);
+        });
   });
-  fence();
 }
 
 // ---- backward along rows
 // --------------------------------------------------------------------------
 
-enum class Kind { softmax, log_softmax, masked };
-
-// What an element adds to the sum of its row or column.
-template <class T, Kind K>
-inline V<T> summand(V<T> grad, V<T> y) {
-  if constexpr (K == Kind::log_softmax)
-    return grad;
-  else if constexpr (K == Kind::masked)
-    return y == T(0) ? V<T>{} : grad * y;
-  else
-    return grad * y;
-}
-
-template <class T, Kind K>
-inline V<T> gradient(V<T> grad, V<T> y, V<T> sum, T scale) {
-  if constexpr (K == Kind::log_softmax)
-    return grad - exp(y) * sum;
-  else if constexpr (K == Kind::masked)
-    return y == T(0) ? V<T>{} : (grad - sum) * y * scale;
-  else
-    return (grad - sum) * y;
-}
-
 template <class T, class M, Kind K>
 T row_sum(const M* grad, const M* y, int64_t n, int64_t ahead) {
   constexpr int width = lanes<T>;
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+  for (int64_t begin = 0; begin < n; begin += block<T>) {
+    const int64_t end = begin + block<T> < n ? begin + block<T> : n;
     V<T> even = {}, odd = {};
     int64_t i = begin;
     for (; i + 2 * width <= end; i += 2 * width) {
@@ -304,228 +328,36 @@ T row_sum(const M* grad, const M* y, int64_t n, int64_t ahead) {
       even += summand<T, K>(load_some<T>(grad + i, end - i), load_some<T>(y + i, end - i));
     total += horizontal_sum<T>(even + odd);
   }
-  return settled(static_cast<T>(total));
-}
-
-// grad_output, output and grad_input of one type in memory, or all converted in the workspace.
-template <class T, class M, Kind K>
-void backward_row(const SoftmaxBackward& args, const M* grad, const M* y, M* target,
-                  bool past_cache) {
-  const int64_t n = args.length;
-  const int64_t ahead = n > kAhead ? n : kAhead;
-  const V<T> sum = splat(row_sum<T, M, K>(grad, y, n, ahead));
-  write_values<T>(
-      target, n, past_cache,
-      [=, scale = static_cast<T>(args.scale)](int64_t i, auto read) {
-        return gradient<T, K>(read(grad + i), read(y + i), sum, scale);
-      },
-      [=](int64_t i) { __builtin_prefetch(y + i + ahead, 0, 2); });
+  return static_cast<T>(total);
 }
 
 template <class T, Kind K>
 void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
-  const int64_t n = args.length, stride = (n + 63) / 64 * 64;
-  const DType type = args.output.dtype;
-  with_type<T>(type, [&](auto* of_type) {
+  const int64_t n = args.length, ahead = n > kAhead ? n : kAhead;
+  T sum[kTogether];
+  with_type<T>(args.output.dtype, [&](auto* of_type) {
     using M = std::remove_pointer_t<decltype(of_type)>;
-    if (args.grad_output.dtype == type && args.grad_input.dtype == type) {
-      for (int64_t row = begin; row < end; ++row)
-        backward_row<T, M, K>(args, reinterpret_cast<M*>(row_of(args.grad_output, row)),
-                              reinterpret_cast<M*>(row_of(args.output, row)),
-                              reinterpret_cast<M*>(row_of(args.grad_input, row)), args.past_cache);
-      return;
-    }
-    T* const work = static_cast<T*>(thread_scratch(static_cast<size_t>(3 * stride) * sizeof(T)));
-    for (int64_t row = begin; row < end; ++row) {
-      const T* grad = read_row(args.grad_output, row, work, n);
-      const T* y = read_row(args.output, row, work + stride, n);
-      backward_row<T, T, K>(args, grad, y, work + 2 * stride, false);
-      write_row(args.grad_input, row, work + 2 * stride, n);
-    }
+    const auto at = [](const Rows& rows, int64_t row) {
+      return reinterpret_cast<const M*>(row_of(rows, row));
+    };
+    by_phases<T>(
+        n, begin, end,
+        [&](int64_t row, int64_t r, T*) {
+          sum[r] = row_sum<T, M, K>(at(args.grad_output, row), at(args.output, row), n, ahead);
+        },
+        [](int64_t, int64_t, T*) {},
+        [&](int64_t row, int64_t r, T*) {
+          with_type<T>(args.grad_input.dtype, [&](auto* type) {
+            const M *grad = at(args.grad_output, row), *y = at(args.output, row);
+            write_values<T>(
+                reinterpret_cast<decltype(type)>(row_of(args.grad_input, row)), n, args.past_cache,
+                [=, sum = splat(sum[r]), scale = static_cast<T>(args.scale)](int64_t i, auto read) {
+                  return gradient<T, K>(read(grad + i), read(y + i), sum, scale);
+                },
+                [=](int64_t i) { __builtin_prefetch(y + i + ahead, 0, 2); });
+          });
+        });
   });
-  fence();
-}
-
-// ---- columns
-// --------------------------------------------------------------------------------------
-
-// Columns side by side, those of one task or fewer: count lanes, of which Vectors vectors are full
-// or the only one is not.
-template <class T, int Vectors>
-struct Columns {
-  static constexpr int vectors = Vectors;
-  static constexpr int64_t width = Vectors * lanes<T>;
-  int64_t outer, first, count;
-
-  // The element row i of these columns lies at data + i * stride.
-  template <class M>
-  struct Place {
-    M* data;
-    int64_t stride;
-    M* operator[](int64_t i) const { return data + i * stride; }
-  };
-  template <class M>
-  Place<M> place(const Rows& rows, int64_t length) const {
-    char* const data = row_of(rows, outer * length);
-    const int64_t bytes = length == 1 ? 0 : row_of(rows, outer * length + 1) - data;
-    return {reinterpret_cast<M*>(data) + first, bytes / static_cast<int64_t>(sizeof(M))};
-  }
-  template <class M>
-  V<T> read(const M* p, int k) const {
-    if constexpr (Vectors > 1) return load(p + k * lanes<T>);
-    return load_some<T>(p, count);
-  }
-
-  // Calls take(i - begin, k, vector) for every vector of the rows [begin, end).
-  template <class Take>
-  void each(const Rows& rows, int64_t length, int64_t begin, int64_t end, Take take) const {
-    with_type<T>(rows.dtype, [&](auto* type) {
-      const auto x = place<std::remove_pointer_t<decltype(type)>>(rows, length);
-      for (int64_t i = begin; i < end; ++i) {
-        // The hardware follows no stride past a page.
-        if (Vectors > 1)
-          for (int64_t at = 0; at < width; at += 64 / sizeof(*x.data))
-            __builtin_prefetch(x[i + kRowsAhead] + at, 0, 2);
-#pragma GCC unroll 4
-        for (int k = 0; k < Vectors; ++k) take(i - begin, k, read(x[i], k));
-      }
-    });
-  }
-
-  // Writes value(i - begin, k) to every vector of the rows [begin, end).
-  template <class Value>
-  void write(const Rows& rows, int64_t length, int64_t begin, int64_t end, bool past_cache,
-             Value value) const {
-    with_type<T>(rows.dtype, [&](auto* type) {
-      using M = std::remove_pointer_t<decltype(type)>;
-      const auto y = place<M>(rows, length);
-      constexpr int64_t vector = lanes<T> * sizeof(M);
-      const bool streams = past_cache && Vectors > 1 &&
-                           reinterpret_cast<uintptr_t>(y.data) % vector == 0 &&
-                           y.stride * static_cast<int64_t>(sizeof(M)) % vector == 0;
-      for (int64_t i = begin; i < end; ++i)
-#pragma GCC unroll 4
-        for (int k = 0; k < Vectors; ++k) {
-          const V<T> v = value(i - begin, k);
-          if (streams)
-            stream(y[i] + k * lanes<T>, v);
-          else if (Vectors > 1)
-            store(y[i] + k * lanes<T>, v);
-          else
-            store_some<T>(y[i], v, count);
-        }
-    });
-  }
-};
-
-// A sum over rows in partial sums of kColumnBlock, whose error bounds that of the whole.
-template <class T, int Vectors>
-struct ColumnSum {
-  V<T> total[Vectors] = {};
-  template <class Summand>
-  void add(int64_t rows, Summand summand) {
-    for (int64_t begin = 0; begin < rows; begin += kColumnBlock) {
-      const int64_t end = begin + kColumnBlock < rows ? begin + kColumnBlock : rows;
-      V<T> partial[Vectors] = {};
-      for (int64_t i = begin; i < end; ++i)
-#pragma GCC unroll 4
-        for (int k = 0; k < Vectors; ++k) partial[k] += summand(i, k);
-      for (int k = 0; k < Vectors; ++k) total[k] += partial[k];
-    }
-  }
-};
-
-template <class T, int Vectors, bool Log>
-void forward_columns(const SoftmaxForward& args, const Columns<T, Vectors>& columns) {
-  constexpr int64_t width = Columns<T, Vectors>::width;
-  const int64_t n = args.length, capacity = kBuffer / (width * static_cast<int64_t>(sizeof(T)));
-  const int64_t block = n < capacity ? n : capacity;
-  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(block * width) * sizeof(T)));
-  const auto at = [buffer](int64_t i, int k) { return buffer + i * width + k * lanes<T>; };
-  const bool whole = n == block;
-
-  V<T> most[Vectors];
-  for (int k = 0; k < Vectors; ++k) most[k] = splat(-infinity<T>());
-  const auto read = [&](int64_t begin, int64_t end) {
-    columns.each(args.input, n, begin, end, [&](int64_t i, int k, V<T> v) { store(at(i, k), v); });
-  };
-  columns.each(args.input, n, 0, n, [&](int64_t i, int k, V<T> v) {
-    most[k] = maximum(most[k], v);
-    if (whole) store(at(i, k), v);
-  });
-
-  ColumnSum<T, Vectors> sum;
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = begin + block < n ? begin + block : n;
-    if (!whole) read(begin, end);
-    sum.add(end - begin, [&](int64_t i, int k) {
-      const V<T> shifted = load(at(i, k)) - most[k];
-      const V<T> power = exp(shifted);
-      if (whole) store(at(i, k), Log ? shifted : power);
-      return power;
-    });
-  }
-
-  V<T> factor[Vectors];
-  for (int k = 0; k < Vectors; ++k) factor[k] = Log ? log<T>(sum.total[k]) : T(1) / sum.total[k];
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = begin + block < n ? begin + block : n;
-    if (!whole) read(begin, end);
-    columns.write(args.output, n, begin, end, args.past_cache, [&](int64_t i, int k) {
-      V<T> v = load(at(i, k));
-      if (!whole) v = Log ? v - most[k] : exp(v - most[k]);
-      return Log ? v - factor[k] : v * factor[k];
-    });
-  }
-}
-
-template <class T, int Vectors, Kind K>
-void backward_columns(const SoftmaxBackward& args, const Columns<T, Vectors>& columns) {
-  constexpr int64_t width = Columns<T, Vectors>::width;
-  const int64_t n = args.length, capacity = kBuffer / (2 * width * static_cast<int64_t>(sizeof(T)));
-  const int64_t block = n < capacity ? n : capacity;
-  T* const buffer =
-      static_cast<T*>(thread_scratch(static_cast<size_t>(2 * block * width) * sizeof(T)));
-  const auto grad = [buffer](int64_t i, int k) { return buffer + 2 * i * width + k * lanes<T>; };
-  const auto y = [grad](int64_t i, int k) { return grad(i, k) + width; };
-  const auto read = [&](int64_t begin, int64_t end) {
-    columns.each(args.grad_output, n, begin, end,
-                 [&](int64_t i, int k, V<T> v) { store(grad(i, k), v); });
-    columns.each(args.output, n, begin, end, [&](int64_t i, int k, V<T> v) { store(y(i, k), v); });
-  };
-
-  ColumnSum<T, Vectors> sum;
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = begin + block < n ? begin + block : n;
-    read(begin, end);
-    sum.add(end - begin,
-            [&](int64_t i, int k) { return summand<T, K>(load(grad(i, k)), load(y(i, k))); });
-  }
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = begin + block < n ? begin + block : n;
-    if (n != block) read(begin, end);
-    columns.write(args.grad_input, n, begin, end, args.past_cache, [&](int64_t i, int k) {
-      return gradient<T, K>(load(grad(i, k)), load(y(i, k)), sum.total[k], T(1));
-    });
-  }
-}
-
-// Runs solve on the columns of the tasks [begin, end).
-template <class T, class Solve>
-void for_columns(int64_t inner, int64_t begin, int64_t end, Solve solve) {
-  constexpr int64_t width = kTile * lanes<T>;
-  const int64_t tiles = (inner + width - 1) / width;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t outer = task / tiles;
-    int64_t first = task % tiles * width;
-    const int64_t last = first + width < inner ? first + width : inner;
-    if (last - first == width) {
-      solve(Columns<T, kTile>{outer, first, width});
-      continue;
-    }
-    for (; first < last; first += lanes<T>) solve(Columns<T, 1>{outer, first, last - first});
-  }
-  fence();
 }
 
 // ---- what to run
@@ -535,9 +367,7 @@ template <class T, bool Log>
 void forward_all(const SoftmaxForward& args, int64_t begin, int64_t end) {
   if (args.masked) return forward_masked<T>(args, begin, end);
   if (args.inner == 1) return forward_rows<T, Log>(args, begin, end);
-  for_columns<T>(args.inner, begin, end, [&args](const auto& columns) {
-    forward_columns<T, std::decay_t<decltype(columns)>::vectors, Log>(args, columns);
-  });
+  forward_columns<T, Log>(args, begin, end);
 }
 
 void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
@@ -552,10 +382,7 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
 template <class T, Kind K>
 void backward_all(const SoftmaxBackward& args, int64_t begin, int64_t end) {
   if (args.inner == 1) return backward_rows<T, K>(args, begin, end);
-  if constexpr (K != Kind::masked)
-    for_columns<T>(args.inner, begin, end, [&args](const auto& columns) {
-      backward_columns<T, std::decay_t<decltype(columns)>::vectors, K>(args, columns);
-    });
+  if constexpr (K != Kind::masked) backward_columns<T, K>(args, begin, end);
 }
 
 template <class T>
@@ -572,6 +399,6 @@ void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const SoftmaxCpu softmax{kTile * FASTSEQ_VECTOR_BYTES / 4, forward, backward};
+extern const SoftmaxCpu softmax{slab_columns, forward, backward};
 
 }  // namespace fastseq::FASTSEQ_ISA

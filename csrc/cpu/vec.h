@@ -278,21 +278,60 @@ inline void fence() {
 // ---- rows whose length is no multiple of the width
 // ------------------------------------------------
 
+#if defined(__AVX512F__)
+// Only the first count lanes reach memory; masked instructions do not fault on the others.
+inline F32x load_masked(const float* p, uint32_t mask) {
+  return bit_cast<F32x>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+}
+inline F64x load_masked(const double* p, uint32_t mask) {
+  return bit_cast<F64x>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+}
+template <class M>
+inline F32x load_masked(const M* p, uint32_t mask) {
+  M narrow[16];
+  const __m256i v = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p);
+  std::memcpy(narrow, &v, sizeof(v));
+  return load(narrow);
+}
+inline void store_masked(float* p, F32x v, uint32_t mask) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), bit_cast<__m512>(v));
+}
+inline void store_masked(double* p, F64x v, uint32_t mask) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), bit_cast<__m512d>(v));
+}
+template <class M>
+inline void store_masked(M* p, F32x v, uint32_t mask) {
+  M narrow[16];
+  store(narrow, v);
+  __m256i bits;
+  std::memcpy(&bits, narrow, sizeof(bits));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bits);
+}
+#endif
+
 // The first count lanes from memory, zero in the others.
 template <class T, class M>
 inline typename Simd<T>::V load_some(const M* p, int64_t count) {
   if (count >= Simd<T>::lanes) return load(p);
+#if defined(__AVX512F__)
+  return load_masked(p, (1u << count) - 1);
+#else
   M buffer[Simd<T>::lanes] = {};
   std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(M));
   return load(buffer);
+#endif
 }
 
 template <class T, class M>
 inline void store_some(M* p, typename Simd<T>::V v, int64_t count) {
   if (count >= Simd<T>::lanes) return store(p, v);
+#if defined(__AVX512F__)
+  store_masked(p, v, (1u << count) - 1);
+#else
   M buffer[Simd<T>::lanes];
   store(buffer, v);
   std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(M));
+#endif
 }
 
 // v in the first count lanes, zero in the others (whatever v holds there, NaN included).

@@ -27,7 +27,7 @@ Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 
 #: A chunk's logits, and once more their gradient, may take so much memory. Larger chunks gained a
 #: CPU's GEMMs under 5 % at 512 features and 32000 classes.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 24 << 20
 
 _OPTIONS = """Tensor? weight, int ignore_index, int reduction, float label_smoothing,
     float softcap, float z_loss"""

@@ -85,11 +85,12 @@ def make(
         arguments,
         {"output": tensor(batch, queries, value)},
         differentiable=("query", "key", "value", "score_weight"),
+        # Scores' gradients are sums over the columns of the values already.
         summed={
-            "query": keys,
-            "key": queries,
+            "query": keys * value,
+            "key": queries * value,
             "value": queries,
-            "score_weight": batch * queries * keys,
+            "score_weight": batch * queries * keys * value,
         },
     )
 

@@ -14,10 +14,10 @@ ROWS = 30
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = (64, 256, 1024, 4096, 8192, 16384, 65536)
-QUICK_LENGTHS = (256, 4096, 65536)
+QUICK_LENGTHS = (4096, 65536)
 #: [length, inner]
 COLUMNS = ((16, 256), (128, 256), (512, 64), (4096, 1024))
-QUICK_COLUMNS = ((128, 256), (4096, 1024))
+QUICK_COLUMNS = ((128, 256),)
 
 
 def _forward(length: int, inner: int, dtype: torch.dtype, log: bool) -> None:
