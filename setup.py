@@ -38,8 +38,9 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
-EXACT = ("layer_norm", "cross_entropy", "softmax", "additive_attention")
-CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "additive_attention"]  # csrc/cpu/*.cpp
+# csrc/cpu/<family>.cpp
+CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding"]
+EXACT = ("layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding")
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 

@@ -4,6 +4,7 @@
 #include "bindings/additive_attention.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
+#include "bindings/rotary_embedding.h"
 #include "bindings/softmax.h"
 
 namespace fastseq {
@@ -53,6 +54,9 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def(
       "softmax_backward(Tensor grad_output, Tensor output, int length, int inner, bool log, "
       "bool masked, float scale, ScalarType input_dtype) -> Tensor");
+  m.def(
+      "rotary_embedding(Tensor input, Tensor cos, Tensor sin, Tensor? positions, int offset, "
+      "int length, int entry, bool interleaved, bool inverse) -> Tensor");
   m.def("additive_attention_scores(Tensor query, Tensor key, Tensor weight) -> Tensor");
   m.def(
       "additive_attention_gradients(Tensor grad_scores, Tensor query, Tensor key, Tensor weight) "
@@ -74,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("softmax_forward", TORCH_BOX(&fastseq::softmax_forward_cpu));
   m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
   m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));
+  m.impl("rotary_embedding", TORCH_BOX(&fastseq::rotary_embedding_cpu));
   m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
 }

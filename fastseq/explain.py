@@ -164,17 +164,24 @@ def survey(model: torch.nn.Module) -> list[ModuleRow]:
         if not _has_fast_path(layer):
             continue
         inside = [module for module in layer.modules() if module is not layer and module in rows]
-        lost = [module for module in inside if rows[module].decision in (SWAPPED, READY)]
+        # What accelerate swaps whole bypasses nothing from then on.
+        waiting = layer in rows and rows[layer].decision == READY
+        lost = [
+            module
+            for module in inside
+            if rows[module].decision == SWAPPED or (rows[module].decision == READY and not waiting)
+        ]
         for module in lost:
             reason = f"{rows[module].reason}; in eval {shown(aliases[0])} bypasses it"
             rows[module] = replace(rows[module], reason=reason)
-        if lost and layer not in rows:
+        if lost:
             children = ", ".join(rows[module].fqn.rpartition(".")[2] for module in lost)
+            own = f"{rows[layer].reason}; " if layer in rows else ""
             rows[layer] = ModuleRow(
                 tuple(aliases),
                 layer,
-                BYPASSES,
-                f"in eval without gradients torch's fast path never calls {children}; "
+                READY if waiting else BYPASSES,
+                f"{own}in eval without gradients torch's fast path never calls {children}; "
                 "torch.backends.mha.set_fastpath_enabled(False) switches it off",
             )
     return [rows[module] for module in names if module in rows]

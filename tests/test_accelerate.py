@@ -450,11 +450,16 @@ def encoder_layer(**changes):
 
 
 def test_fast_path_bypasses_swapped_norms_and_explain_says_so(calls, capsys):
+    class Renamed(nn.TransformerEncoderLayer):
+        """Not swapped itself, as it might compute something else."""
+
     model = nn.Sequential(encoder_layer())
-    assert decisions(model) == {"0": BYPASSES, "0.norm1": READY, "0.norm2": READY}
+    model[0].__class__ = Renamed
+    inside = ("0.norm1", "0.norm2", "0.self_attn")
+    assert decisions(model) == {"0": BYPASSES, **dict.fromkeys(inside, READY)}
     fastseq.accelerate(model)
     assert "1 TransformerEncoderLayer bypass them in eval" in capsys.readouterr().out
-    assert decisions(model) == {"0": BYPASSES, "0.norm1": SWAPPED, "0.norm2": SWAPPED}
+    assert decisions(model) == {"0": BYPASSES, **dict.fromkeys(inside, SWAPPED)}
     assert "in eval 0 bypasses it" in reason(model, "0.norm1")
     assert "torch.backends.mha.set_fastpath_enabled(False)" in reason(model, "0")
 
@@ -490,12 +495,30 @@ def with_hook(layer):
     ids=["not batch_first", "activation", "no bias", "hook"],
 )
 def test_no_bypass_is_reported_where_torch_takes_no_fast_path(layer, calls):
-    fastseq.accelerate(layer, verbose=False)
-    assert decisions(layer) == {"norm1": SWAPPED, "norm2": SWAPPED}
+    fastseq.accelerate(layer, filter_fn=lambda m, _: type(m) is nn.LayerNorm, verbose=False)
+    assert decisions(layer) == {
+        "": READY, "self_attn": READY, "norm1": SWAPPED, "norm2": SWAPPED,
+    }  # fmt: skip
+    assert "bypasses" not in reason(layer, "norm1")
     layer.eval()
     with torch.no_grad():
         layer(torch.randn(2, 3, 8))
     assert calls.count == 2
+
+
+def test_a_layer_that_is_swapped_whole_bypasses_nothing(calls):
+    layer = encoder_layer()
+    assert set(decisions(layer).values()) == {READY}
+    assert "bypasses" not in str(fastseq.explain(layer))
+    norms = copy.deepcopy(layer)
+    fastseq.accelerate(norms, filter_fn=lambda m, _: type(m) is nn.LayerNorm, verbose=False)
+    assert "never calls norm1, norm2" in reason(norms, "")
+    fastseq.accelerate(norms, verbose=False)
+    assert set(decisions(norms).values()) == {SWAPPED}
+    assert "bypasses" not in str(fastseq.explain(norms))
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(norms.eval()(x), layer.eval()(x))
 
 
 # --- explain -------------------------------------------------------------------------------------
@@ -575,10 +598,11 @@ def test_explain_passes_errors_on():
 
 
 def test_drop_in_classes_add_no_state():
-    # What makes the swap right: one base, the same layout, and no constructor of its own.
+    # What makes the swap right: one base, the same layout, and no constructor of its own (but for
+    # those that only swap what they contain, as accelerate does one by one).
     for theirs, ours in fastseq.nn.DROP_IN.items():
         assert ours.__bases__ == (theirs,)
-        assert "__init__" not in vars(ours)
+        assert "__init__" not in vars(ours) or ours.__module__ == "fastseq.nn.transformer"
         assert "__slots__" not in vars(ours)
         assert ours.__module__.startswith("fastseq.nn")
         assert getattr(fastseq.nn, ours.__name__) is ours

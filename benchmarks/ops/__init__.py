@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..registry import Benchmark
 
-FAMILIES = ("additive_attention", "cross_entropy", "layer_norm", "softmax")
+FAMILIES = ("additive_attention", "cross_entropy", "layer_norm", "rotary_embedding", "softmax")
 
 
 def benchmarks_of(families: tuple[str, ...] | list[str] = FAMILIES) -> tuple[Benchmark, ...]:

@@ -4,9 +4,10 @@
 #include <string>
 
 // A new family adds its kernels here.
-#define FASTSEQ_KERNELS(isa)                                                             \
-  InstructionSet {                                                                       \
-    #isa, &isa::layer_norm, &isa::cross_entropy, &isa::softmax, &isa::additive_attention \
+#define FASTSEQ_KERNELS(isa)                                                              \
+  InstructionSet {                                                                        \
+    #isa, &isa::layer_norm, &isa::cross_entropy, &isa::softmax, &isa::additive_attention, \
+        &isa::rotary_embedding                                                            \
   }
 
 namespace fastseq {

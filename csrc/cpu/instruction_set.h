@@ -4,6 +4,7 @@
 #include "additive_attention.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
+#include "rotary_embedding.h"
 #include "softmax.h"
 
 namespace fastseq {
@@ -14,6 +15,7 @@ struct InstructionSet {
   const CrossEntropyCpu* cross_entropy;
   const SoftmaxCpu* softmax;
   const AdditiveAttentionCpu* additive_attention;
+  const RotaryEmbeddingCpu* rotary_embedding;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

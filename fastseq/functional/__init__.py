@@ -4,6 +4,7 @@ from .additive_attention import additive_attention
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .rotary_embedding import rotary_embedding
 from .sample import sample
 from .softmax import log_softmax, masked_softmax, softmax
 
@@ -17,6 +18,7 @@ __all__ = [
     "log_softmax",
     "masked_softmax",
     "rms_norm",
+    "rotary_embedding",
     "sample",
     "softmax",
 ]

@@ -3,17 +3,37 @@
 import torch
 
 from .additive_attention import AdditiveAttention
+from .attention import MultiheadAttention
 from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .positional import (
+    LearnedPositionalEncoding,
+    RotaryEmbedding,
+    SinusoidalPositionalEncoding,
+    TokenPositionEmbedding,
+)
 from .softmax import LogSoftmax, Softmax
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 #: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
 DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.CrossEntropyLoss: CrossEntropyLoss,
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.LogSoftmax: LogSoftmax,
+    torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.RMSNorm: RMSNorm,
     torch.nn.Softmax: Softmax,
+    torch.nn.Transformer: Transformer,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
 }
 
 __all__ = [
@@ -22,7 +42,17 @@ __all__ = [
     "AdditiveAttention",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LearnedPositionalEncoding",
     "LogSoftmax",
+    "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Softmax",
+    "TokenPositionEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

@@ -4,5 +4,6 @@ from . import additive_attention as additive_attention
 from . import cross_entropy as cross_entropy
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy
+from . import rotary_embedding as rotary_embedding
 from . import sample as sample
 from . import softmax as softmax

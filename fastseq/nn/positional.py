@@ -1,0 +1,214 @@
+"""Positional encodings: rotary, sinusoidal, learned, and learned with the tokens' embedding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+
+
+def _frequencies(size: int, base: float) -> Tensor:
+    """``base^(-2i / size)`` for every pair i, in fp64."""
+    return base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    r"""Rotary position embedding; see :func:`fastseq.functional.rotary_embedding`.
+
+    The angle of pair i at position p is :math:`p \cdot base^{-2i / dim}`, taken in fp64.
+
+    Args:
+        dim: the numbers of a head that are turned (R); even, at most the head's size.
+        max_positions: positions of the tables, ``[max_positions, dim / 2]`` in fp32; they are
+            buffers outside the ``state_dict``.
+        base: of the frequencies.
+        interleaved: pairs are (2i, 2i + 1) and not (i, i + dim / 2).
+
+    Shape:
+        ``input [*, L, D]``, ``positions`` ``[L]`` or ``[B, L]`` or an ``offset`` -> the input's.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        max_positions: int = 4096,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dim <= 0 or dim % 2:
+            raise ValueError(f"RotaryEmbedding: dim must be even and positive, got {dim}")
+        self.dim, self.max_positions, self.base = dim, max_positions, base
+        self.interleaved = interleaved
+        angles = torch.outer(
+            torch.arange(max_positions, dtype=torch.float64), _frequencies(dim, base)
+        )
+        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
+        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+
+    def forward(self, input: Tensor, positions: Tensor | None = None, offset: int = 0) -> Tensor:
+        return functional.rotary_embedding(
+            input, self.cos, self.sin, positions, offset=offset, interleaved=self.interleaved
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, max_positions={self.max_positions}, base={self.base}, "
+            f"interleaved={self.interleaved}"
+        )
+
+
+class SinusoidalPositionalEncoding(torch.nn.Module):
+    r"""``dropout(input + table)`` with the fixed table of the Transformer.
+
+    .. math::
+        t_{p, 2i} = \sin(p \cdot 10000^{-2i/d}), \qquad t_{p, 2i + 1} = \cos(p \cdot 10000^{-2i/d})
+
+    Args:
+        d_model: the size of a row.
+        max_len: positions of the table, a buffer outside the ``state_dict``.
+        dropout: probability of zeroing an element of the sum, in training.
+        batch_first: whether the length is the dimension before the last of ``[B, L, d_model]``, or
+            the first of ``[L, B, d_model]``; ``[L, d_model]`` is either.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        max_len: int = 5000,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.max_len = d_model, max_len
+        self.dropout, self.batch_first = dropout, batch_first
+        positions = torch.arange(max_len, dtype=torch.float64)
+        angles = torch.outer(positions, _frequencies(d_model, 10000.0))
+        table = torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d_model]
+        table = table.to(device=device, dtype=dtype or torch.get_default_dtype())
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
+        return _add_positions(self, input, self.table, offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, max_len={self.max_len}, dropout={self.dropout}"
+
+
+class LearnedPositionalEncoding(torch.nn.Module):
+    """``dropout(input + weight)``, a row of the parameter for every position.
+
+    Args:
+        max_len: positions of ``weight [max_len, d_model]``, drawn from N(0, 0.02^2).
+        d_model, dropout, batch_first: as :class:`SinusoidalPositionalEncoding`.
+    """
+
+    def __init__(
+        self,
+        max_len: int,
+        d_model: int,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_len, self.d_model = max_len, d_model
+        self.dropout, self.batch_first = dropout, batch_first
+        self.weight = torch.nn.Parameter(torch.empty(max_len, d_model, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
+        return _add_positions(self, input, self.weight, offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.max_len}, {self.d_model}, dropout={self.dropout}"
+
+
+def _add_positions(
+    module: SinusoidalPositionalEncoding | LearnedPositionalEncoding,
+    input: Tensor,
+    table: Tensor,
+    offset: int,
+) -> Tensor:
+    name = type(module).__name__
+    if input.dim() not in (2, 3) or input.shape[-1] != module.d_model:
+        raise RuntimeError(
+            f"{name}: input must be [L, {module.d_model}] or have a batch dimension, "
+            f"got {list(input.shape)}"
+        )
+    sequence_first = input.dim() == 3 and not module.batch_first
+    rows = _rows_of(name, table, input.shape[0] if sequence_first else input.shape[-2], offset)
+    output = input + (rows[:, None] if sequence_first else rows).to(input.dtype)
+    return F.dropout(output, module.dropout, module.training)
+
+
+def _rows_of(name: str, table: Tensor, length: int, offset: int) -> Tensor:
+    if offset < 0 or offset + length > table.shape[0]:
+        raise IndexError(
+            f"{name}: positions {offset} to {offset + length - 1} are not all in a table of "
+            f"{table.shape[0]}"
+        )
+    return table[offset : offset + length]
+
+
+class TokenPositionEmbedding(torch.nn.Module):
+    r"""Token and position embedding in one: ``dropout(scale * token[ids] + position)``.
+
+    Args:
+        num_embeddings, d_model, padding_idx: as :class:`torch.nn.Embedding`.
+        max_len: the most positions.
+        dropout: probability of zeroing an element of the sum, in training.
+        scale: of the tokens' rows; the Transformer has :math:`\sqrt{d\_model}`, GPT 1.
+
+    Attributes:
+        token: ``torch.nn.Embedding(num_embeddings, d_model, padding_idx)``.
+        position: :class:`LearnedPositionalEncoding`.
+
+    Shape:
+        ids ``[B, L]`` or ``[L]``, int64 -> ``[B, L, d_model]`` or ``[L, d_model]``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        d_model: int,
+        max_len: int,
+        padding_idx: int | None = None,
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.token = torch.nn.Embedding(
+            num_embeddings, d_model, padding_idx, device=device, dtype=dtype
+        )
+        self.position = LearnedPositionalEncoding(
+            max_len, d_model, dropout, device=device, dtype=dtype
+        )
+        self.scale = scale
+
+    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
+        tokens = self.token(ids)
+        return self.position(tokens if self.scale == 1.0 else tokens * self.scale, offset)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}" if not math.isclose(self.scale, 1.0) else ""
