@@ -38,8 +38,8 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
-EXACT = {"layer_norm": ["-ffp-contract=off"]}
-CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax"]  # csrc/cpu/<family>.cpp
+EXACT = {"layer_norm": ["-ffp-contract=off"], "attention": ["-ffp-contract=off"]}
+CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "attention"]  # csrc/cpu/<family>.cpp
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 

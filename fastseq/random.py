@@ -46,11 +46,17 @@ def bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     Args:
         seed: ``int64 [1]``.
     """
+    device = seed.device
+    return bits_at(seed, torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
+def bits_at(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """As :func:`bits`, of the rows and columns named, ``int64 [*]`` each."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    row = torch.arange(rows, device=seed.device)[:, None]
+    row = rows[:, None]
     first = _mix(_mix(low) ^ (row & _MASK))
     second = _mix(_mix((first + high) & _MASK) ^ (row >> 32))
-    x = (torch.arange(columns, device=seed.device) + first) & _MASK
+    x = (columns + first) & _MASK
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ second

@@ -1,6 +1,7 @@
 // The kernels for the instruction set of this machine, all families.
 #pragma once
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
 #include "softmax.h"
@@ -12,6 +13,7 @@ struct InstructionSet {
   const LayerNormCpu* layer_norm;
   const CrossEntropyCpu* cross_entropy;
   const SoftmaxCpu* softmax;
+  const AttentionCpu* attention;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

@@ -1,5 +1,6 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
+from .attention import attention, scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -8,11 +9,13 @@ from .softmax import log_softmax, masked_softmax, softmax
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
     "masked_softmax",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
 ]
