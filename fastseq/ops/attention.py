@@ -178,9 +178,9 @@ def _backward_by_triton(a: Backward) -> Tensors4:
     if a.cu_seqlens_q is not None:
         for grad in grads:
             grad.zero_()
-    query, key, value, grad_output = _contiguous_rows(a.query, a.key, a.value, a.grad_output)
-    a = a._replace(query=query, key=key, value=value, grad_output=grad_output)
-    attention_backward.backward(a, _delta(a), *grads)
+    names = ("query", "key", "value", "grad_output", "output")
+    rows = _contiguous_rows(*(getattr(a, name) for name in names))
+    attention_backward.backward(a._replace(**dict(zip(names, rows, strict=True))), *grads)
     return grads
 
 
