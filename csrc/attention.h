@@ -1,11 +1,13 @@
 // The problems attention kernels solve, on any device.
 //
-//   s_ij = cap(scale * q_i . k_j) + bias_ij - slope * |j - i|      cap(x) = softcap * tanh(x /
-//   softcap) lse_i = log(e^sink + sum over visible j of e^s_ij) p_ij = e^(s_ij - lse_i), out_i =
-//   sum of dropout(p_ij) v_j ds_ij = p_ij (dropout(dp_ij) - delta_i) cap'(.)                dp_ij =
-//   dout_i . v_j
+//   s_ij = cap(scale * q_i . k_j) + bias_ij - slope * |j - i|
+//   lse_i = log(e^sink + sum over visible j of e^s_ij)
+//   p_ij = e^(s_ij - lse_i), out_i = sum of dropout(p_ij) v_j
 //
-// Statistics and all arithmetic are fp32.
+//   dp_ij = dropout(dout_i . v_j), delta_i = sum of p_ij dp_ij - dlse_i
+//   ds_ij = p_ij (dp_ij - delta_i) cap'(.)
+//
+// with cap(x) = softcap * tanh(x / softcap). Statistics and all arithmetic are fp32.
 #pragma once
 
 #include "types.h"
@@ -46,7 +48,7 @@ struct ScorePiece {
   float* lse = nullptr;          // written forward, read backward
   float* grad = nullptr;         // backward: dp, and of it the gradient of the bias
   Vector grad_scores;            // backward: times cap'; may be grad itself
-  const float* delta = nullptr;  // backward: sum of dout * out - dlse of every query
+  const float* grad_lse = nullptr;  // backward: of every query; null: none
 };
 
 // Few queries against many keys.
@@ -60,8 +62,8 @@ struct Decode {
   int64_t query_stride[3] = {0, 0, 0};  // batch, head, row; elements of a row lie side by side
   int64_t key_stride[3] = {0, 0, 0}, value_stride[3] = {0, 0, 0};
   int64_t split = 0;  // keys of a task
-  float* partial =
-      nullptr;             // [batch, key heads, splits, rows, value_dim + 2]: sums, largest, total
+  // [batch, key heads, splits, rows, value_dim + 2]: sums, largest, total.
+  float* partial = nullptr;
   void* output = nullptr;  // [batch, heads, queries, value_dim]
   float* lse = nullptr;    // [batch, heads, queries]
   int64_t splits() const { return (keys + split - 1) / split; }

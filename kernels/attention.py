@@ -89,11 +89,6 @@ class Launch:
     num_stages: int
 
     @property
-    def careful(self) -> dict[str, int]:
-        """As Triton takes them, for the careful run, which is never in a hurry."""
-        return {"num_warps": 8, "num_stages": 1}
-
-    @property
     def options(self) -> dict[str, int]:
         """As Triton takes them."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -141,6 +136,9 @@ def forward_launch(
         architecture,
     )
 
+
+#: The tile of a careful run, which is never in a hurry and holds every sum twice.
+CAREFUL_LAUNCH = Launch(32, 16, 4, 1) if INTERPRETED else Launch(64, 16, 8, 1)
 
 #: Bytes of keys and values that are to stay in L2 while all queries of their heads come by: half of
 #: an H200's 50 MB.
@@ -292,15 +290,15 @@ def scores(
 
 
 @triton.jit
-def careful_dot(weights, x, visible, acc, TF32: tl.constexpr):
-    """``acc + weights @ x``, where what is not finite in x reaches those alone that see it.
+def careful_dot(weights, x, visible, acc, seen, TF32: tl.constexpr):
+    """``acc + weights @ x`` without what is not finite in x, and ``seen`` plus how often that is
+    seen.
 
     ``weights [M, N]`` are 0 where ``visible`` is not, and have x's dtype.
     """
     bad = (x - x) != 0.0  # Inf - Inf is NaN, and NaN differs from everything
     acc = dot(weights, tl.where(bad, 0.0, x).to(x.dtype), acc, TF32)
-    seen = dot(visible.to(x.dtype), bad.to(x.dtype), tl.zeros(acc.shape, tl.float32), TF32)
-    return tl.where(seen > 0.0, float("nan"), acc)
+    return acc, dot(visible.to(x.dtype), bad.to(x.dtype), seen, TF32)
 
 
 @triton.jit
@@ -387,7 +385,7 @@ def key_range(
 
 @triton.jit
 def _forward_tiles(
-    acc, m, l, q, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    acc, m, l, seen, q, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
     scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
     seed, first, second, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -421,10 +419,10 @@ def _forward_tiles(
         v = load_rows(value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
         p = rounded(p, value.dtype.element_ty)
         if CAREFUL:
-            acc = careful_dot(p, v, visible, acc, TF32)
+            acc, seen = careful_dot(p, v, visible, acc, seen, TF32)
         else:
             acc = dot(p, v, acc, TF32)
-    return acc, m, l
+    return acc, m, l, seen
 
 
 @kernel
@@ -505,30 +503,34 @@ def attention_forward_kernel(
         i0, last, keys, shift, left, right, BLOCK_N, LEFT, RIGHT
     )
     if LEFT and not CAREFUL:
-        acc, m, l = _forward_tiles(
-            acc, m, l, q, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
+        acc, m, l, _ = _forward_tiles(
+            acc, m, l, acc, q, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,
             True, False,
         )  # fmt: skip
     if not CAREFUL:
-        acc, m, l = _forward_tiles(
-            acc, m, l, q, key, value, full_start, full_stop, i0, queries, keys, shift, k_n, v_n,
+        acc, m, l, _ = _forward_tiles(
+            acc, m, l, acc, q, key, value, full_start, full_stop, i0, queries, keys, shift,
+            k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,
             False, False,
         )  # fmt: skip
         start = full_stop
-    acc, m, l = _forward_tiles(
-        acc, m, l, q, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    acc, m, l, seen = _forward_tiles(
+        acc, m, l, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q, key, value, start, stop,
+        i0, queries, keys, shift, k_n, v_n,
         scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
         seed, first, second, threshold, keep_scale,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,
         True, CAREFUL,
     )  # fmt: skip
 
+    if CAREFUL:
+        acc = tl.where(seen > 0.0, float("nan"), acc)
     nothing = l == 0.0
     total = tl.where(nothing, 1.0, l)
     store_rows(output, i0, o_m, queries, acc / total[:, None], DV, BLOCK_DV, VECTOR)
@@ -624,6 +626,12 @@ def bounded(window: int) -> int:
     return min(window, 2**30)
 
 
+def scalars_of(a: Any) -> tuple[Any, ...]:
+    """Numbers that every kernel takes last."""
+    bounds = (bounded(a.window_left), bounded(a.window_right))
+    return (a.scale, a.softcap, *bounds, *dropout_of(a))
+
+
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
     """A boolean mask as the bytes it is."""
     return None if mask is None else mask.view(torch.uint8)
@@ -642,29 +650,14 @@ def forward(a: Any, output: Tensor, lse: Tensor) -> None:
     if not output.numel() and not lse.numel():
         return
     block_d, block_dv = block_of(d), block_of(dv)
-    device = device_of(query)
-    launch = forward_launch(
-        block_d, block_dv, query.element_size(), has_planes(a), device.architecture
-    )
-    sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
+    architecture = device_of(query).architecture
+    launch = forward_launch(block_d, block_dv, query.element_size(), has_planes(a), architecture)
     per_head = max(1, key.shape[2] * (d + dv) * query.element_size())
     group = heads // max(key.shape[1], 1)
-    section = min(sequences * heads, max(1, L2_SECTION // per_head) * group)
-    programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
-    arguments = (
-        query,
-        key,
-        value,
-        output,
-        lse,
-        a.bias,
-        mask_bytes(a.mask),
-        a.alibi_slopes,
-        a.sinks,
-        a.cu_seqlens_q,
-        a.cu_seqlens_k,
-        a.key_lengths,
-        a.seed,
+    section = min(batch * heads, max(1, L2_SECTION // per_head) * group)
+    tensors = (
+        *(query, key, value, output, lse, a.bias, mask_bytes(a.mask), a.alibi_slopes, a.sinks),
+        *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
         *strides_of(query, 3),
         *strides_of(key, 3),
         *strides_of(value, 3),
@@ -672,34 +665,29 @@ def forward(a: Any, output: Tensor, lse: Tensor) -> None:
         *strides_of(a.bias, 4),
         *strides_of(a.mask, 4),
         *strides_of(a.alibi_slopes, 1),
-        heads,
-        group,
-        queries,
-        keys,
-        sequences,
-        tiles,
-        max(section, 1),
-        a.scale,
-        a.softcap,
-        bounded(a.window_left),
-        bounded(a.window_right),
-        *dropout_of(a),
     )
-    constants = {
-        "D": d,
-        "DV": dv,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "BLOCK_B": block_b,
-        "VECTOR": row_vector(d | dv, query, key, value, output),
-        **terms_of(a),
-    }
-    with on_device(query):
+
+    def run(launch: Launch, *, careful: bool) -> None:
+        sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
+        programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
         attention_forward_kernel[(programs,)](
-            *arguments, BLOCK_N=launch.block_n, CAREFUL=False, **constants, **launch.options
+            *tensors,
+            *(heads, group, queries, keys, sequences, tiles, section),
+            *scalars_of(a),
+            D=d,
+            DV=dv,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_B=block_b,
+            VECTOR=row_vector(d | dv, query, key, value, output),
+            CAREFUL=careful,
+            **terms_of(a),
+            **launch.options,
         )
+
+    with on_device(query):
+        run(launch, careful=False)
         if hides(a):
-            attention_forward_kernel[(programs,)](
-                *arguments, BLOCK_N=16, CAREFUL=True, **constants, **launch.careful
-            )
+            run(CAREFUL_LAUNCH, careful=True)

@@ -25,14 +25,14 @@ of one product, are the left operands of the next, and stay in registers.
 
 Arithmetic for bf16 at head_dim 128 on an H200: 14 * L^2 * D flops a head, of which 10 count as
 useful. Were all of it to run at the forward's 0.48 of the peak, that were 0.34 of it by the usual
-count; what stock Triton reaches here on Hopper nobody has published (27% at head_dim 64), and no GPU
-has timed these yet.
+count; of stock Triton on Hopper 0.27 is published, at head_dim 64. No GPU has timed these yet.
 
 NaN is dealt with as in the forward: what has one runs again carefully.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -42,12 +42,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import (
+    CAREFUL_LAUNCH,
     Launch,
     any_nan,
     block_of,
-    bounded,
     careful_dot,
-    dropout_of,
     fitted,
     has_planes,
     hides,
@@ -56,6 +55,7 @@ from .attention import (
     load_rows,
     mask_bytes,
     row_vector,
+    scalars_of,
     scores,
     sequence_of,
     store_rows,
@@ -220,7 +220,7 @@ def _statistics(base, delta, i, queries):
 
 @triton.jit
 def _kv_tiles(
-    dk, dv, k, v, query, grad_output, lse, delta, row, start, stop, j0,
+    dk, dv, seen_k, seen_v, k, v, query, grad_output, lse, delta, row, start, stop, j0,
     queries, keys, shift, q_m, g_m, scale, softcap, left, right,
     bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -254,17 +254,17 @@ def _kv_tiles(
         dropped = rounded(dropped, grad_output.dtype.element_ty)
         g = load_rows(grad_output, m, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
         if CAREFUL:
-            dv = careful_dot(dropped, g, visible, dv, TF32)
+            dv, seen_v = careful_dot(dropped, g, visible, dv, seen_v, TF32)
         else:
             dv = dot(dropped, g, dv, TF32)
         grads = dot(v, tl.trans(g), tl.zeros([N, BLOCK_M], tl.float32), TF32)
-        _, raw = _gradients(p, keep, t, visible, grads, d[None, :], seed, SOFTCAP, CAREFUL)
+        _ds, raw = _gradients(p, keep, t, visible, grads, d[None, :], seed, SOFTCAP, CAREFUL)
         raw = rounded(raw, query.dtype.element_ty)
         if CAREFUL:
-            dk = careful_dot(raw, q, visible, dk, TF32)
+            dk, seen_k = careful_dot(raw, q, visible, dk, seen_k, TF32)
         else:
             dk = dot(raw, q, dk, TF32)
-    return dk, dv
+    return dk, dv, seen_k, seen_v
 
 
 @kernel
@@ -322,6 +322,8 @@ def attention_kv_kernel(
     v = load_rows(value, j0, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    seen_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    seen_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # Which queries see which keys is the forward's question with the roles exchanged.
     last = tl.minimum(j0 + BLOCK_N, keys) - 1
     start, full_start, full_stop, stop = key_range(
@@ -348,16 +350,18 @@ def attention_kv_kernel(
         if slopes is not None:
             slope = tl.load(slopes + b * slopes_b + h).to(tl.float32)
         if CAREFUL:
-            dk, dv = _kv_tiles(
-                dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, start, stop,
+            dk, dv, seen_k, seen_v = _kv_tiles(
+                dk, dv, seen_k, seen_v, k, v, q_head, g_head, lse + row, delta + row, row,
+                start, stop,
                 j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, True,
             )  # fmt: skip
         if RIGHT and not CAREFUL:
-            dk, dv = _kv_tiles(
-                dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, start, full_start,
+            dk, dv, _, _ = _kv_tiles(
+                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row,
+                start, full_start,
                 j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
@@ -365,21 +369,25 @@ def attention_kv_kernel(
             )  # fmt: skip
         # Queries past the end are read as 0, with base +Inf: nobody has to ask for them.
         if not CAREFUL:
-            dk, dv = _kv_tiles(
-                dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, full_start, full_stop,
+            dk, dv, _, _ = _kv_tiles(
+                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row,
+                full_start, full_stop,
                 j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, False, False,
             )  # fmt: skip
         if LEFT and not CAREFUL:
-            dk, dv = _kv_tiles(
-                dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, full_stop, stop,
+            dk, dv, _, _ = _kv_tiles(
+                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, full_stop, stop,
                 j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, False,
             )  # fmt: skip
+    if CAREFUL:
+        dk = tl.where(seen_k > 0.0, float("nan"), dk)
+        dv = tl.where(seen_v > 0.0, float("nan"), dv)
     if key_lengths is not None:
         dk = tl.where((j < keys)[:, None], dk, 0.0)
         dv = tl.where((j < keys)[:, None], dv, 0.0)
@@ -389,7 +397,7 @@ def attention_kv_kernel(
 
 @triton.jit
 def _q_tiles(
-    dq, q, g, l, d, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    dq, seen, q, g, l, d, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
     scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
     seed, first, second, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -400,7 +408,6 @@ def _q_tiles(
     """The keys of ``[start, stop)``, tile by tile, into dq."""
     M: tl.constexpr = q.shape[0]
     for n in range(start, stop, BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
         k = load_rows(key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
         v = load_rows(value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
         products = dot(q, tl.trans(k), tl.zeros([M, BLOCK_N], tl.float32), TF32)
@@ -411,13 +418,13 @@ def _q_tiles(
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, BAND, False,
         )  # fmt: skip
         grads = dot(g, tl.trans(v), tl.zeros([M, BLOCK_N], tl.float32), TF32)
-        _, raw = _gradients(p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, CAREFUL)
+        _ds, raw = _gradients(p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, CAREFUL)
         raw = rounded(raw, key.dtype.element_ty)
         if CAREFUL:
-            dq = careful_dot(raw, k, visible, dq, TF32)
+            dq, seen = careful_dot(raw, k, visible, dq, seen, TF32)
         else:
             dq = dot(raw, k, dq, TF32)
-    return dq
+    return dq, seen
 
 
 @kernel
@@ -486,26 +493,30 @@ def attention_q_kernel(
         i0, last, keys, shift, left, right, BLOCK_N, LEFT, RIGHT
     )
     if LEFT and not CAREFUL:
-        dq = _q_tiles(
-            dq, q, g, l, d, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
+        dq, _ = _q_tiles(
+            dq, dq, q, g, l, d, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, False,
         )  # fmt: skip
     if not CAREFUL:
-        dq = _q_tiles(
-            dq, q, g, l, d, key, value, full_start, full_stop, i0, queries, keys, shift, k_n, v_n,
+        dq, _ = _q_tiles(
+            dq, dq, q, g, l, d, key, value, full_start, full_stop, i0, queries, keys, shift,
+            k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, False, False,
         )  # fmt: skip
         start = full_stop
-    dq = _q_tiles(
-        dq, q, g, l, d, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    dq, seen = _q_tiles(
+        dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q, g, l, d, key, value, start, stop,
+        i0, queries, keys, shift, k_n, v_n,
         scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
         seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
         SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, CAREFUL,
     )  # fmt: skip
+    if CAREFUL:
+        dq = tl.where(seen > 0.0, float("nan"), dq)
     store_rows(grad_query, i0, dq_m, queries, dq * scale, D, BLOCK_D, VECTOR)
 
 
@@ -550,7 +561,7 @@ def attention_bias_kernel(
     zero = tl.full([], 0, tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in range(first_b, last_b):
-        _, _, queries, keys, shift = sequence_of(
+        _first_q, _first_k, queries, keys, shift = sequence_of(
             b, None, None, key_lengths, total_q, total_k, BOTTOM_RIGHT
         )
         for h in range(first_h, last_h):
@@ -629,7 +640,9 @@ def attention_bias_kernel(
                         SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, True, False,
                     )  # fmt: skip
                     grads = dot(g, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), TF32)
-                    ds, _ = _gradients(p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, True)
+                    ds, _raw = _gradients(
+                        p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, True
+                    )
                     acc += ds
     i = first_m + tl.arange(0, BLOCK_M)[:, None]
     j = first_n + tl.arange(0, BLOCK_N)[None, :]
@@ -650,18 +663,13 @@ Statistics = tuple[Tensor, Tensor]
 # --- launching -----------------------------------------------------------------------------------
 
 
-def _common(a: Any) -> tuple[Any, ...]:
-    """Terms, as every kernel takes them after its tensors."""
+def _terms(a: Any) -> tuple[Any, ...]:
+    """What is added to scores, as every kernel takes it after its tensors."""
     return (a.bias, mask_bytes(a.mask), a.alibi_slopes)
 
 
 def _term_strides(a: Any) -> tuple[int, ...]:
     return (*strides_of(a.bias, 4), *strides_of(a.mask, 4), *strides_of(a.alibi_slopes, 1))
-
-
-def _scalars(a: Any) -> tuple[Any, ...]:
-    bounds = (bounded(a.window_left), bounded(a.window_right))
-    return (a.scale, a.softcap, *bounds, *dropout_of(a))
 
 
 def statistics_of(a: Any) -> tuple[Tensor, Tensor]:
@@ -717,14 +725,9 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
     batch, heads, queries, d = query.shape
     key_heads, keys, dv = value.shape[1:]
     block_d, block_dv = block_of(d), block_of(dv)
-    launch = kv_launch(
-        block_d, block_dv, query.element_size(), has_planes(a), device_of(query).architecture
-    )
-    sequences, tiles, block_b = tile_count(a, launch.block_n, keys, a.cu_seqlens_k)
-    programs = tiles * key_heads * (1 if a.cu_seqlens_k is not None else batch)
-    arguments = (
+    tensors = (
         *(query, key, value, grad_output, *statistics, grad_key, grad_value),
-        *_common(a),
+        *_terms(a),
         *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
         *strides_of(query, 3),
         *strides_of(key, 3),
@@ -733,27 +736,37 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
         *strides_of(grad_key, 3),
         *strides_of(grad_value, 3),
         *_term_strides(a),
-        *(heads, heads // key_heads, queries, keys, sequences, tiles),
-        *_scalars(a),
     )
-    constants = {
-        "D": d,
-        "DV": dv,
-        "BLOCK_N": launch.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "BLOCK_B": block_b,
-        "VECTOR": row_vector(d | dv, query, key, value, grad_output, grad_key, grad_value),
-        **terms_of(a),
-    }
-    with on_device(query):
+
+    def run(launch: Launch, *, careful: bool) -> None:
+        sequences, tiles, block_b = tile_count(a, launch.block_n, keys, a.cu_seqlens_k)
+        programs = tiles * key_heads * (1 if a.cu_seqlens_k is not None else batch)
         attention_kv_kernel[(programs,)](
-            *arguments, BLOCK_M=launch.block_m, CAREFUL=False, **constants, **launch.options
+            *tensors,
+            *(heads, heads // key_heads, queries, keys, sequences, tiles),
+            *scalars_of(a),
+            D=d,
+            DV=dv,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_B=block_b,
+            VECTOR=row_vector(d | dv, query, key, value, grad_output, grad_key, grad_value),
+            CAREFUL=careful,
+            **terms_of(a),
+            **launch.options,
         )
+
+    architecture = device_of(query).architecture
+    launch = kv_launch(block_d, block_dv, query.element_size(), has_planes(a), architecture)
+    with on_device(query):
+        run(launch, careful=False)
         if hides(a):
-            attention_kv_kernel[(programs,)](
-                *arguments, BLOCK_M=16, CAREFUL=True, **constants, **launch.careful
+            turned = replace(
+                CAREFUL_LAUNCH, block_m=CAREFUL_LAUNCH.block_n, block_n=CAREFUL_LAUNCH.block_m
             )
+            run(turned, careful=True)
 
 
 def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
@@ -761,14 +774,9 @@ def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
     batch, heads, queries, d = query.shape
     key_heads, keys, dv = value.shape[1:]
     block_d, block_dv = block_of(d), block_of(dv)
-    launch = q_launch(
-        block_d, block_dv, query.element_size(), has_planes(a), device_of(query).architecture
-    )
-    sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
-    programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
-    arguments = (
+    tensors = (
         *(query, key, value, grad_output, *statistics, grad_query),
-        *_common(a),
+        *_terms(a),
         *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
         *strides_of(query, 3),
         *strides_of(key, 3),
@@ -776,27 +784,34 @@ def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
         *strides_of(grad_output, 3),
         *strides_of(grad_query, 3),
         *_term_strides(a),
-        *(heads, heads // key_heads, queries, keys, sequences, tiles),
-        *_scalars(a),
     )
-    constants = {
-        "D": d,
-        "DV": dv,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "BLOCK_B": block_b,
-        "VECTOR": row_vector(d | dv, query, key, value, grad_output, grad_query),
-        **terms_of(a),
-    }
-    with on_device(query):
+
+    def run(launch: Launch, *, careful: bool) -> None:
+        sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
+        programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
         attention_q_kernel[(programs,)](
-            *arguments, BLOCK_N=launch.block_n, CAREFUL=False, **constants, **launch.options
+            *tensors,
+            *(heads, heads // max(key_heads, 1), queries, keys, sequences, tiles),
+            *scalars_of(a),
+            D=d,
+            DV=dv,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_B=block_b,
+            VECTOR=row_vector(d | dv, query, key, value, grad_output, grad_query),
+            CAREFUL=careful,
+            **terms_of(a),
+            **launch.options,
         )
+
+    architecture = device_of(query).architecture
+    launch = q_launch(block_d, block_dv, query.element_size(), has_planes(a), architecture)
+    with on_device(query):
+        run(launch, careful=False)
         if hides(a):
-            attention_q_kernel[(programs,)](
-                *arguments, BLOCK_N=16, CAREFUL=True, **constants, **launch.careful
-            )
+            run(CAREFUL_LAUNCH, careful=True)
 
 
 def _backward_bias(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
@@ -812,7 +827,7 @@ def _backward_bias(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
     with on_device(query):
         attention_bias_kernel[(programs,)](
             *(query, key, value, grad_output, *statistics, grad_bias),
-            *_common(a),
+            *_terms(a),
             *(a.key_lengths, a.seed),
             *strides_of(query, 3),
             *strides_of(key, 3),
@@ -822,7 +837,7 @@ def _backward_bias(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
             *strides_of(grad_bias, 4),
             *(batch, heads, heads // key_heads, queries, keys, grad_bias.shape[1]),
             *(tiles_m, tiles_n),
-            *_scalars(a),
+            *scalars_of(a),
             D=d,
             DV=dv,
             BLOCK_M=block,

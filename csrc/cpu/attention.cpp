@@ -242,23 +242,37 @@ void backward_row(const ScorePiece& args, int64_t r) {
   apply_terms(terms, terms.shift, row.at, s, factor);
   float lse = args.lse[row.statistics];
   if (lse == -kInfinity) lse = kInfinity;  // nothing is seen: every probability is 0
-  const float delta = args.delta[row.statistics];
-  const bool separate = static_cast<void*>(ds) != static_cast<void*>(grad);
+  // Probabilities in place of scores, negative where dropped, and the sum of p dp.
   U32x column = first_columns(args.first_key);
+  F32x sum = {};
   for (int64_t j = 0; j < n; j += kWidth) {
     const int64_t count = n - j;
-    const F32x power = exp(load_some<float>(s + j, count) - lse);
-    F32x dropped = power, gradient = load_some<float>(grad + j, count);
+    F32x power = keep_first<float>(exp(load_some<float>(s + j, count) - lse), count);
+    F32x gradient = load_some<float>(grad + j, count);
     if (terms.dropout.seed != nullptr) {
       const F32x keep = kept(terms.dropout, row.key, column);
-      dropped = power * keep;
       gradient = gradient * keep;
+      store_some<float>(grad + j, gradient, count);
       column += static_cast<uint32_t>(kWidth);
+      sum = fma(power, gradient, sum);
+      power = keep > 0.0f ? power : -power;
+    } else {
+      sum = fma(power, gradient, sum);
     }
-    store_some<float>(p + j, dropped, count);
-    gradient = power * (gradient - delta);
+    store_some<float>(s + j, power, count);
+  }
+  float delta = horizontal_sum<float>(sum);
+  if (args.grad_lse != nullptr && lse != kInfinity) delta -= args.grad_lse[row.statistics];
+  const float keep_scale = static_cast<float>(terms.dropout.scale);
+  const bool separate = static_cast<void*>(ds) != static_cast<void*>(grad);
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int64_t count = n - j;
+    const F32x signed_power = load_some<float>(s + j, count);
+    const F32x power = signed_power < 0.0f ? -signed_power : signed_power;
+    F32x gradient = power * (load_some<float>(grad + j, count) - delta);
     if (separate) store_some<float>(grad + j, gradient, count);
     if (factor != nullptr) gradient *= load_some<float>(factor + j, count);
+    store_some<float>(p + j, maximum(splat(0.0f), signed_power) * keep_scale, count);
     store_some<float>(ds + j, gradient, count);
   }
 }

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     if is_foreign(query, key, value, attn_mask):
         note(name, "torch", "a tensor subclass, layout or trace that torch must handle")
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     if reason := _torch_serves(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
@@ -345,6 +345,12 @@ def _torch_serves(
     if mask is not None and (causal or mask.dim() not in (2, 4) or 0 in mask.stride()):
         return None
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return None
+    scores = (*query.shape[:3], key.shape[2])
+    if mask is not None and any(
+        size not in (1, full)
+        for size, full in zip(mask.shape, scores[4 - mask.dim() :], strict=True)
+    ):
         return None
     few = query.shape[2] * query.shape[1] // key.shape[1] <= DECODE_ROWS
     if few and key.numel() >= _DECODE_ELEMENTS and query.dtype != torch.float64:  # noqa: SIM102

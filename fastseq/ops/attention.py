@@ -142,15 +142,6 @@ def _backward_outputs(a: Backward) -> Tensors4:
     return (*grads, bias)  # type: ignore[return-value]
 
 
-def _delta(a: Backward) -> Tensor:
-    """``sum(grad_output * output) - grad_lse`` of every query, 0 where nothing is seen."""
-    compute = a.lse.dtype
-    delta = (a.grad_output.to(compute) * a.output.to(compute)).sum(-1)
-    if a.grad_lse is not None:
-        delta = delta - a.grad_lse
-    return delta.masked_fill_(a.lse == -math.inf, 0.0)
-
-
 # --- Triton --------------------------------------------------------------------------------------
 
 
@@ -178,9 +169,11 @@ def _backward_by_triton(a: Backward) -> Tensors4:
     if a.cu_seqlens_q is not None:
         for grad in grads:
             grad.zero_()
-    names = ("query", "key", "value", "grad_output", "output")
-    rows = _contiguous_rows(*(getattr(a, name) for name in names))
-    attention_backward.backward(a._replace(**dict(zip(names, rows, strict=True))), *grads)
+    query, key, value, grad_output, output = _contiguous_rows(
+        a.query, a.key, a.value, a.grad_output, a.output
+    )
+    a = a._replace(query=query, key=key, value=value, grad_output=grad_output, output=output)
+    attention_backward.backward(a, *grads)
     return grads
 
 
@@ -283,7 +276,6 @@ def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
         for grad in grads:
             grad.zero_()
     grad_bias = grads[3].zero_() if a.bias_gradient else None
-    delta = _delta(a)
     for (b, i, j), problem in _parts(a, _problem(a, by_extension=by_extension)):
         part_of_bias = grad_bias
         if grad_bias is not None and several:
@@ -294,7 +286,7 @@ def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
             problem,
             a.grad_output[b, :, i],
             a.lse[b, :, i],
-            delta[b, :, i],
+            None if a.grad_lse is None else a.grad_lse[b, :, i],
             (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j]),
             part_of_bias,
         )

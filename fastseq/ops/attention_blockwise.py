@@ -2,7 +2,7 @@
 
 For a block of queries the scores against all keys they may see are one GEMM; between the products a
 row of scores is an ordinary softmax, and whole rows are at hand, so nothing is rescaled and the
-output is rounded once. Backward draws the scores again and needs output and lse alone. Blocks hold
+output is rounded once. Backward draws the scores again and needs lse alone. Blocks hold
 :data:`BLOCK_ELEMENTS` scores, so peak memory does not grow with the square of the length; keys that
 no query of a block sees are not multiplied at all, which halves causal attention.
 
@@ -199,7 +199,8 @@ def _kept(p: Problem, piece: Piece) -> Tensor:
     i = torch.arange(piece.i.start, piece.i.stop, device=p.seed.device)
     rows = p.row_offset + (b * p.query.shape[1] + h)[..., None] * p.row_pitch + i
     drawn = bits_at(p.seed, rows.flatten(), torch.arange(piece.j.start, piece.j.stop).to(p.seed))
-    return ((drawn >= threshold(p.dropout_p)) * keep_scale(p.dropout_p)).view(piece.shape)
+    kept = (drawn >= threshold(p.dropout_p)).to(compute_dtype(p.query.dtype))
+    return (kept * keep_scale(p.dropout_p)).view(piece.shape)
 
 
 def _forward_by_torch(
@@ -228,7 +229,12 @@ def _forward_by_torch(
 
 
 def _backward_by_torch(
-    p: Problem, products: Tensor, grad: Tensor, piece: Piece, lse: Tensor, delta: Tensor
+    p: Problem,
+    products: Tensor,
+    grad: Tensor,
+    piece: Piece,
+    lse: Tensor,
+    grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities, gradients of the capped and of the raw scores, and what is visible."""
     terms = _terms(p, products, piece)
@@ -239,6 +245,10 @@ def _backward_by_torch(
         kept = _kept(p, piece)
         dropped = weights * kept
         grad = torch.where(kept > 0, grad * kept, 0.0)
+    grad = grad.masked_fill(~terms.visible, 0.0)
+    delta = (weights * grad).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
     grad = (weights * (grad - delta[..., None])).masked_fill_(~terms.visible, 0.0)
     raw = grad
     if terms.capped is not None:
@@ -370,14 +380,14 @@ def backward(
     p: Problem,
     grad_output: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     grad_bias: Tensor | None,
 ) -> None:
     """Fills the gradients of query, key and value, and adds to that of the bias.
 
     Args:
-        lse, delta: ``[B, H, Lq]``; delta is ``sum(grad_output * output) - grad_lse``.
+        lse, grad_lse: ``[B, H, Lq]``.
         grads: of query, key and value, in their shapes.
         grad_bias: ``[B or 1, H or 1, Lq or 1, Lk or 1]`` in the compute dtype, or None.
     """
@@ -387,8 +397,12 @@ def backward(
     careful = p.hides and not all_finite(p.query, p.key, p.value, grad_output)
     softcap_with_bias = bool(p.softcap) and grad_bias is not None and dtype == _F32
     by_extension = p.by_extension and not careful and not softcap_with_bias
-    statistics, deltas = lse.contiguous(), delta.contiguous()
-    lse_by_head, delta_by_head = (t.view(query.shape[:3]) for t in (statistics, deltas))
+    statistics = lse.contiguous()
+    lse_by_head = statistics.view(query.shape[:3])
+    grad_lse_by_head = None
+    if grad_lse is not None:
+        grad_lse = grad_lse.to(lse.dtype).contiguous()
+        grad_lse_by_head = grad_lse.view(query.shape[:3])
     grad_query = query.new_zeros(query.shape)
     grad_key, grad_value = grads[1].new_zeros(keys.shape), grads[2].new_zeros(value.shape)
     sums = _Sums(p, grad_key, grad_value)
@@ -412,10 +426,15 @@ def backward(
                 weights = buffers("weights", piece.shape, dtype)
                 raw = buffers("raw", piece.shape, dtype)
             arguments = _arguments(p, piece, backward=True)
-            _backward_rows(products, grad, weights, raw, statistics, deltas, *arguments)
+            _backward_rows(products, grad, weights, raw, statistics, grad_lse, *arguments)
         else:
             weights, grad, raw, visible = _backward_by_torch(
-                p, products, grad, piece, lse_by_head[n, g, i], delta_by_head[n, g, i]
+                p,
+                products,
+                grad,
+                piece,
+                lse_by_head[n, g, i],
+                None if grad_lse_by_head is None else grad_lse_by_head[n, g, i],
             )
             weights, raw = weights.to(dtype), raw.to(dtype)
         if grad_bias is not None:
