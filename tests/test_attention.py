@@ -19,7 +19,7 @@ import fastseq
 from fastseq import functional
 from fastseq.backends import recorded
 from fastseq.ops import attention_blockwise as blockwise
-from fastseq.testing import OPERATORS, Case
+from fastseq.testing import BOUND, OPERATORS, Case, make_problem, measure_torch, run
 from fastseq.testing.attention import OPERATORS as FAMILY
 from fastseq.testing.check import check
 
@@ -64,11 +64,59 @@ def test_other_candidates(name: str, dtype: torch.dtype) -> None:
         expect_pass(name, "cpu", dtype, cases(name, tiny=True))
 
 
+def expect_near(name: str, backend: str, dtype: torch.dtype, case: Case) -> None:
+    """As near the truth as torch's, in one run: the interpreter needs a second for each."""
+    operator = OPERATORS[name]
+    yardstick = measure_torch(operator, make_problem(operator, case.sizes, dtype, CPU))
+    with fastseq.use_backend(backend):
+        ratios = yardstick.ratios(run(operator.ours, yardstick.problem))
+    bad = {result: pair for result, pair in ratios.items() if max(pair) > BOUND}
+    assert not bad, (name, case.name, bad)
+
+
+#: By the interpreter in every test run: each feature together with some others, and in bf16 those
+#: that change the way through a kernel. The rest of the pairwise cover is slow.
+INTERPRETED = [
+    *(
+        ("attention", torch.float32, case)
+        for case in [c for c in cases("attention", tiny=True) if "+" in c.name][::2]
+    ),
+    *(
+        (name, dtype, case)
+        for name, dtype, names in (
+            (
+                "attention",
+                torch.float32,
+                ("plain", "no keys", "no batch", "65 x 65", "head_dim 59"),
+            ),
+            ("attention", torch.bfloat16, ("causal", "mask", "groups")),
+            ("attention_bias", torch.float32, ("over heads", "over queries", "with all")),
+            ("attention_bias", torch.bfloat16, ("over the batch",)),
+            ("attention_packed", torch.float32, ("cross", "some are empty")),
+        )
+        for case in cases(name, tiny=True)
+        if case.name in names
+    ),
+]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf in the interpreter
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_triton_kernels_interpreted(name: str, dtype: torch.dtype) -> None:
-    expect_pass(name, "triton", dtype, cases(name, tiny=True, quick=True))
+@pytest.mark.parametrize(
+    ("name", "dtype", "case"),
+    [pytest.param(*point, id=f"{point[0]}-{point[1]}-{point[2].name}") for point in INTERPRETED],
+)
+def test_triton_kernels_interpreted(name: str, dtype: torch.dtype, case: Case) -> None:
+    expect_near(name, "triton", dtype, case)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_kernels_keep_the_contract() -> None:
+    """The same to the bit in two runs, in poisoned memory, and without half the batch."""
+    names = ("causal", "over the batch", "causal")
+    for name, wanted in zip(NAMES, names, strict=False):
+        expect_pass(
+            name, "triton", torch.float32, [c for c in cases(name, tiny=True) if c.name == wanted]
+        )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -121,7 +169,7 @@ def test_blocks_of_queries_give_what_the_whole_gives(
     seed = torch.tensor([77])
     grad = torch.randn(2, 4, 70, 8, dtype=dtype)
 
-    def run() -> list[Tensor]:
+    def several() -> list[Tensor]:
         results = []
         for options in (
             {"window": (20, 5), "causal_alignment": "bottom_right"},
@@ -133,9 +181,9 @@ def test_blocks_of_queries_give_what_the_whole_gives(
         return results
 
     with fastseq.use_backend(backend):
-        whole = run()
+        whole = several()
         monkeypatch.setitem(blockwise.BLOCK_ELEMENTS, "cpu", 16 * 50)
-        blocks = run()
+        blocks = several()
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for one, other in zip(blocks, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
@@ -227,13 +275,13 @@ def test_what_is_not_seen_leaks_nothing(backend: str, kind: str) -> None:
     leaves = [t.requires_grad_() for t in poisoned]
     clean = [t.clone().requires_grad_() for t in (q, k, v)]
 
-    def run(tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    def both(tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
         with fastseq.use_backend(backend):
             output = attention(*tensors, **options)
             assert isinstance(output, Tensor)
             return (output, *torch.autograd.grad(output, tensors, grad))
 
-    expected, result = run(clean, grad), run(leaves, grad)
+    expected, result = both(clean, grad), both(leaves, grad)
     if kind == "causal":  # queries from 12 on see the NaN
         first = (slice(None), slice(None), slice(0, 12))
         for name, mine, theirs in zip("oq", result, expected, strict=False):
@@ -248,7 +296,7 @@ def test_what_is_not_seen_leaks_nothing(backend: str, kind: str) -> None:
         spoiled = grad.clone()
         spoiled[0, :, 7] = math.nan
         if backend != "reference":
-            for mine, theirs in zip(run(leaves, spoiled), expected, strict=True):
+            for mine, theirs in zip(both(leaves, spoiled), expected, strict=True):
                 torch.testing.assert_close(mine, theirs)
 
 
@@ -386,11 +434,11 @@ def test_torchs_own_samples() -> None:
             for backend in ("auto", "torch", "reference"):
                 with fastseq.use_backend(backend):
                     ours = sdpa(sample.input, *sample.args, **sample.kwargs)
-                    torch.testing.assert_close(ours, theirs)
                     mine = torch.autograd.grad(ours, leaves, grad)
-                # Samples go up to 9: dp, a sum of 8 products up to 81, is some 7e-5 off, and its
-                # gradients 9 times that; more where softmax leaves nothing else of them.
+                # Samples go up to 9: scores of some 200 make e^s 1e-5 off; dp, a sum of 8 products
+                # up to 81, is some 7e-5 off, and its gradients 9 times that.
                 atol = 2e-3 if dtype == torch.float32 else 1e-10
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=atol / 10)
                 for a, b in zip(mine, expected, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
             seen += 1
@@ -398,6 +446,16 @@ def test_torchs_own_samples() -> None:
 
 
 # --- semantics of torch --------------------------------------------------------------------------
+
+
+def test_leading_dimensions_broadcast_as_torchs() -> None:
+    q = torch.randn(2, 3, 9, 8)
+    for k in (torch.randn(7, 8), torch.randn(3, 7, 8), torch.randn(2, 1, 7, 8)):
+        with fastseq.use_backend("cpu"):
+            torch.testing.assert_close(sdpa(q, k, k), F.scaled_dot_product_attention(q, k, k))
+            torch.testing.assert_close(
+                sdpa(q[0, 0], k, k), F.scaled_dot_product_attention(q[0, 0], k, k)
+            )
 
 
 def test_leading_dimensions() -> None:
@@ -481,8 +539,9 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: sdpa(X, X[:, :2], X[:, :2]), RuntimeError, "key.*4 heads, got 2.*enable_gqa"),
     (lambda: sdpa(X, X[:, :3], X[:, :3], enable_gqa=True), RuntimeError, "multiple.*3, got 4"),
     (lambda: sdpa(X, X[:, :2], X, enable_gqa=True), RuntimeError, "value.*2 heads, got 4"),
-    (lambda: sdpa(X, X[:1], X[:1]), RuntimeError, r"key.*batch \[2\], got \[1\]"),
-    (lambda: sdpa(X, X[0], X), RuntimeError, "key must be"),
+    (lambda: sdpa(X, X[[0, 1, 0]], X[[0, 1, 0]]), RuntimeError, r"key.*batch \[2\], got \[3\]"),
+    (lambda: attention(X, X[:1], X[:1]), RuntimeError, r"key.*batch \[2\], got \[1\]"),
+    (lambda: attention(X, X[0], X), RuntimeError, "key must be"),
     (lambda: sdpa(X, X.double(), X), RuntimeError, "key.*dtype.*float64"),
     (lambda: sdpa(X, X, X.to("meta")), RuntimeError, "value.*device"),
     (lambda: sdpa(X.long(), X.long(), X.long()), NotImplementedError, "query.*int64"),

@@ -75,7 +75,9 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    return _attention(
+    matrices = query.dim() == key.dim() == value.dim() == 2
+    query, key, value = _broadcast(query, key, value, grouped=enable_gqa)
+    output = _attention(
         name,
         query,
         key,
@@ -88,6 +90,7 @@ def scaled_dot_product_attention(
         scale=scale,
         grouped=enable_gqa,
     )[0]
+    return output[0] if matrices else output
 
 
 def attention(
@@ -362,6 +365,27 @@ def _torch_serves(
 
 
 # --- shapes --------------------------------------------------------------------------------------
+
+
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, *, grouped: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the same leading dimensions, as torch's matrix products make them the same.
+
+    What does not broadcast is left as it is, for the validation to name.
+    """
+    if key.shape[:-2] == query.shape[:-2] == value.shape[:-2] and query.dim() > 2:
+        return query, key, value
+    tensors = tuple(t[None] if t.dim() == 2 else t for t in (query, key, value))
+    kept = 3 if grouped else 2  # with groups the numbers of heads differ
+    if min(t.dim() for t in tensors) < kept:
+        return query, key, value
+    try:
+        leading = torch.broadcast_shapes(*(t.shape[:-kept] for t in tensors))
+    except RuntimeError:
+        return query, key, value
+    query, key, value = (t.expand(*leading, *t.shape[-kept:]) for t in tensors)
+    return query, key, value
 
 
 def _four_dimensional(tensor: Tensor) -> Tensor:
