@@ -41,28 +41,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
-    CAREFUL_LAUNCH,
+from . import attention_bias
+from .attention_tiles import (
     Launch,
+    Statistics,
     any_nan,
     block_of,
     careful_dot,
+    careful_launch,
     fitted,
     has_planes,
     hides,
-    keep_factor,
     key_range,
     load_rows,
-    mask_bytes,
+    load_statistics,
+    plane_strides_of,
+    planes_of,
     row_vector,
     scalars_of,
-    scores,
     sequence_of,
     store_rows,
     strides_of,
     terms_of,
     tile_count,
+    tile_gradients,
     tile_of_packed,
+    tile_weights,
 )
 from .common import (
     INTERPRETED,
@@ -96,9 +100,10 @@ def kv_launch(
         launch = Launch(64 if architecture == 90 and not planes else 32, 128, 8, 3)
     elif width <= 128:
         # dk and dv take 64 registers each; 64 queries at a time would spill in the loop.
-        launch = Launch(32, 128 if architecture == 90 else 64, 8, 3)
+        launch = Launch(32, 128, 8, 3) if architecture == 90 else Launch(32, 64, 8, 2)
     else:
-        launch = Launch(32, 64, 8, 2)
+        # 64 registers for each of dk and dv at 64 keys; Blackwell's products do not fit beside.
+        launch = Launch(16, 64, 8, 2) if architecture <= 90 else Launch(32, 32, 8, 2)
     return fitted(
         launch,
         launch.block_n * (block_d + block_dv) * element_size,
@@ -120,7 +125,7 @@ def q_launch(
     elif width <= 128:
         launch = Launch(128, 64 if architecture >= 90 and not planes else 32, 8, 3)
     else:
-        launch = Launch(64, 32, 8, 2)
+        launch = Launch(64, 16, 8, 2)
     return fitted(
         launch,
         launch.block_m * (block_d + block_dv) * element_size,
@@ -163,62 +168,6 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def _weights(
-    products, base, first, second, i0, j0, queries, keys, shift, scale, softcap,
-    left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed, threshold, keep_scale,
-    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLANE: tl.constexpr, BAND: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of products: ``(p, keep, t, visible)``: dropout multiplies p by keep, and t is the
-    tanh of the softcap.
-
-    ``base`` (lse in base 2) and the dropout keys are of the tile's queries, broadcast along its
-    keys.
-    """
-    x, visible, t = scores(
-        products, i0, j0, queries, keys, shift, scale, softcap, left, right,
-        bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
-        SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, BAND, TRANSPOSED,
-    )  # fmt: skip
-    factor = 1.0
-    if SIMPLE:
-        factor = scale * _LOG2_E
-    p = tl.exp2(x * factor - base)
-    keep = p
-    if seed is not None:
-        if TRANSPOSED:
-            j = j0 + tl.arange(0, products.shape[0])[:, None]
-        else:
-            j = j0 + tl.arange(0, products.shape[1])[None, :]
-        keep = keep_factor(first, second, j, threshold, keep_scale)
-    return p, keep, t, visible
-
-
-@triton.jit
-def _gradients(
-    p, keep, t, visible, grads, delta, seed, SOFTCAP: tl.constexpr, CAREFUL: tl.constexpr
-):
-    """``(ds, ds cap')`` of a tile from ``dp``."""
-    if seed is not None:
-        grads = grads * keep
-    ds = p * (grads - delta)
-    if CAREFUL:
-        ds = tl.where(visible, ds, 0.0)
-    raw = ds
-    if SOFTCAP:
-        raw = ds * (1.0 - t * t)
-    return ds, raw
-
-
-@triton.jit
-def _statistics(base, delta, i, queries):
-    """lse in base 2 and delta of queries, +Inf and 0 of those that are not there."""
-    exists = i < queries
-    l = tl.load(base + i, mask=exists, other=float("inf"))
-    return l, tl.load(delta + i, mask=exists, other=0.0)
-
-
-@triton.jit
 def _kv_tiles(
     dk, dv, seen_k, seen_v, k, v, query, grad_output, lse, delta, row, start, stop, j0,
     queries, keys, shift, q_m, g_m, scale, softcap, left, right,
@@ -233,7 +182,7 @@ def _kv_tiles(
     for m in range(start, stop, BLOCK_M):
         i = m + tl.arange(0, BLOCK_M)
         q = load_rows(query, m, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
-        l, d = _statistics(lse, delta, i, queries)
+        l, d = load_statistics(lse, delta, i, queries)
         first = None
         second = None
         if seed is not None:
@@ -241,7 +190,7 @@ def _kv_tiles(
             first = first[None, :]
             second = second[None, :]
         products = dot(k, tl.trans(q), tl.zeros([N, BLOCK_M], tl.float32), TF32)
-        p, keep, t, visible = _weights(
+        p, keep, t, visible = tile_weights(
             products, l[None, :], first, second,
             m, j0, queries, keys, shift, scale, softcap, left, right,
             bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed, threshold, keep_scale,
@@ -258,7 +207,7 @@ def _kv_tiles(
         else:
             dv = dot(dropped, g, dv, TF32)
         grads = dot(v, tl.trans(g), tl.zeros([N, BLOCK_M], tl.float32), TF32)
-        _ds, raw = _gradients(p, keep, t, visible, grads, d[None, :], seed, SOFTCAP, CAREFUL)
+        _ds, raw = tile_gradients(p, keep, t, visible, grads, d[None, :], seed, SOFTCAP, CAREFUL)
         raw = rounded(raw, query.dtype.element_ty)
         if CAREFUL:
             dk, seen_k = careful_dot(raw, q, visible, dk, seen_k, TF32)
@@ -411,14 +360,14 @@ def _q_tiles(
         k = load_rows(key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
         v = load_rows(value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
         products = dot(q, tl.trans(k), tl.zeros([M, BLOCK_N], tl.float32), TF32)
-        p, keep, t, visible = _weights(
+        p, keep, t, visible = tile_weights(
             products, l[:, None], first, second,
             i0, n, queries, keys, shift, scale, softcap, left, right,
             bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed, threshold, keep_scale,
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, BAND, False,
         )  # fmt: skip
         grads = dot(g, tl.trans(v), tl.zeros([M, BLOCK_N], tl.float32), TF32)
-        _ds, raw = _gradients(p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, CAREFUL)
+        _ds, raw = tile_gradients(p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, CAREFUL)
         raw = rounded(raw, key.dtype.element_ty)
         if CAREFUL:
             dq, seen = careful_dot(raw, k, visible, dq, seen, TF32)
@@ -480,7 +429,7 @@ def attention_q_kernel(
             return
     q = load_rows(query, i0, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
     g = load_rows(grad_output, i0, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
-    l, d = _statistics(lse + row, delta + row, i, queries)
+    l, d = load_statistics(lse + row, delta + row, i, queries)
     first = None
     second = None
     if seed is not None:
@@ -520,156 +469,7 @@ def attention_q_kernel(
     store_rows(grad_query, i0, dq_m, queries, dq * scale, D, BLOCK_D, VECTOR)
 
 
-@kernel
-def attention_bias_kernel(
-    query, key, value, grad_output, lse, delta, grad_bias,
-    bias, mask, slopes, key_lengths, seed,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_m,
-    bias_b, bias_h, bias_m, bias_n, mask_b, mask_h, mask_m, mask_n, slopes_b,
-    db_b, db_h, db_m, db_n, batch, heads, group, total_q, total_k, bias_heads, tiles_m, tiles_n,
-    scale, softcap, left, right, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VECTOR: tl.constexpr,
-    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr, PLANE: tl.constexpr, TF32: tl.constexpr,
-    OVER_BATCH: tl.constexpr, OVER_HEADS: tl.constexpr, OVER_ROWS: tl.constexpr,
-    OVER_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of the bias's gradient, summed over what OVER_ says it was broadcast along."""
-    program = tl.program_id(0)
-    tile_n = program % tiles_n
-    tile_m = program // tiles_n % tiles_m
-    both = program // (tiles_n * tiles_m)
-    bias_batch = both // bias_heads
-    bias_head = both % bias_heads
-    first_b = bias_batch
-    last_b = bias_batch + 1
-    first_h = bias_head
-    last_h = bias_head + 1
-    first_m = tile_m * BLOCK_M
-    last_m = first_m + 1
-    first_n = tile_n * BLOCK_N
-    last_n = first_n + 1
-    if OVER_BATCH:
-        last_b = batch
-    if OVER_HEADS:
-        last_h = heads
-    if OVER_ROWS:
-        last_m = total_q
-    if OVER_COLUMNS:
-        last_n = total_k
-    zero = tl.full([], 0, tl.int64)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for b in range(first_b, last_b):
-        _first_q, _first_k, queries, keys, shift = sequence_of(
-            b, None, None, key_lengths, total_q, total_k, BOTTOM_RIGHT
-        )
-        for h in range(first_h, last_h):
-            b64 = zero + b
-            h64 = zero + h
-            key_head = h64 // group
-            row = (b64 * heads + h64) * total_q
-            mask_head = mask
-            if mask is not None:
-                mask_head = mask + b64 * mask_b + h64 * mask_h
-            bias_here = bias + b64 * bias_b + h64 * bias_h
-            slope = None
-            if slopes is not None:
-                slope = tl.load(slopes + b * slopes_b + h).to(tl.float32)
-            for m in range(first_m, last_m, BLOCK_M):
-                i = m + tl.arange(0, BLOCK_M)
-                q = load_rows(
-                    query + b64 * q_b + h64 * q_h,
-                    m,
-                    q_m,
-                    queries,
-                    BLOCK_M,
-                    D,
-                    BLOCK_D,
-                    VECTOR,
-                    True,
-                )
-                g = load_rows(
-                    grad_output + b64 * g_b + h64 * g_h,
-                    m,
-                    g_m,
-                    queries,
-                    BLOCK_M,
-                    DV,
-                    BLOCK_DV,
-                    VECTOR,
-                    True,
-                )
-                l, d = _statistics(lse + row, delta + row, i, queries)
-                first = None
-                second = None
-                if seed is not None:
-                    first, second = row_key(tl.load(seed), row + i)
-                    first = first[:, None]
-                    second = second[:, None]
-                for n in range(first_n, last_n, BLOCK_N):
-                    j = n + tl.arange(0, BLOCK_N)
-                    k = load_rows(
-                        key + b64 * k_b + key_head * k_h,
-                        n,
-                        k_n,
-                        keys,
-                        BLOCK_N,
-                        D,
-                        BLOCK_D,
-                        VECTOR,
-                        True,
-                    )
-                    v = load_rows(
-                        value + b64 * v_b + key_head * v_h,
-                        n,
-                        v_n,
-                        keys,
-                        BLOCK_N,
-                        DV,
-                        BLOCK_DV,
-                        VECTOR,
-                        True,
-                    )
-                    products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), TF32)
-                    p, keep, t, visible = _weights(
-                        products, l[:, None], first, second,
-                        m, n, queries, keys, shift, scale, softcap, left, right,
-                        bias_here, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
-                        seed, threshold, keep_scale,
-                        SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, True, False,
-                    )  # fmt: skip
-                    grads = dot(g, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), TF32)
-                    ds, _raw = _gradients(
-                        p, keep, t, visible, grads, d[:, None], seed, SOFTCAP, True
-                    )
-                    acc += ds
-    i = first_m + tl.arange(0, BLOCK_M)[:, None]
-    j = first_n + tl.arange(0, BLOCK_N)[None, :]
-    exists = (i < total_q) & (j < total_k)
-    if OVER_ROWS:
-        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
-        exists = exists & (i == 0)
-    if OVER_COLUMNS:
-        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [BLOCK_M, BLOCK_N])
-        exists = exists & (j == 0)
-    grad_bias += (zero + bias_batch) * db_b + (zero + bias_head) * db_h
-    at = i.to(tl.int64) * db_m + j.to(tl.int64) * db_n
-    tl.store(grad_bias + at, acc, mask=exists)
-
-
-Statistics = tuple[Tensor, Tensor]
-
 # --- launching -----------------------------------------------------------------------------------
-
-
-def _terms(a: Any) -> tuple[Any, ...]:
-    """What is added to scores, as every kernel takes it after its tensors."""
-    return (a.bias, mask_bytes(a.mask), a.alibi_slopes)
-
-
-def _term_strides(a: Any) -> tuple[int, ...]:
-    return (*strides_of(a.bias, 4), *strides_of(a.mask, 4), *strides_of(a.alibi_slopes, 1))
 
 
 def statistics_of(a: Any) -> tuple[Tensor, Tensor]:
@@ -717,7 +517,7 @@ def backward(
     if grad_query.numel():
         _backward_q(a, statistics, grad_query)
     if grad_bias.numel():
-        _backward_bias(a, statistics, grad_bias)
+        attention_bias.backward(a, statistics, grad_bias)
 
 
 def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: Tensor) -> None:
@@ -727,7 +527,7 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
     block_d, block_dv = block_of(d), block_of(dv)
     tensors = (
         *(query, key, value, grad_output, *statistics, grad_key, grad_value),
-        *_terms(a),
+        *planes_of(a),
         *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
         *strides_of(query, 3),
         *strides_of(key, 3),
@@ -735,7 +535,7 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
         *strides_of(grad_output, 3),
         *strides_of(grad_key, 3),
         *strides_of(grad_value, 3),
-        *_term_strides(a),
+        *plane_strides_of(a),
     )
 
     def run(launch: Launch, *, careful: bool) -> None:
@@ -763,9 +563,8 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
     with on_device(query):
         run(launch, careful=False)
         if hides(a):
-            turned = replace(
-                CAREFUL_LAUNCH, block_m=CAREFUL_LAUNCH.block_n, block_n=CAREFUL_LAUNCH.block_m
-            )
+            launch = careful_launch(max(d, dv))
+            turned = replace(launch, block_m=launch.block_n, block_n=launch.block_m)
             run(turned, careful=True)
 
 
@@ -776,14 +575,14 @@ def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
     block_d, block_dv = block_of(d), block_of(dv)
     tensors = (
         *(query, key, value, grad_output, *statistics, grad_query),
-        *_terms(a),
+        *planes_of(a),
         *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
         *strides_of(query, 3),
         *strides_of(key, 3),
         *strides_of(value, 3),
         *strides_of(grad_output, 3),
         *strides_of(grad_query, 3),
-        *_term_strides(a),
+        *plane_strides_of(a),
     )
 
     def run(launch: Launch, *, careful: bool) -> None:
@@ -811,45 +610,4 @@ def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
     with on_device(query):
         run(launch, careful=False)
         if hides(a):
-            run(CAREFUL_LAUNCH, careful=True)
-
-
-def _backward_bias(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
-    query, key, value, grad_output = a.query, a.key, a.value, a.grad_output
-    batch, heads, queries, d = query.shape
-    key_heads, keys, dv = value.shape[1:]
-    block = 16 if INTERPRETED or query.element_size() == 4 else 64
-    over = [one == 1 for one in grad_bias.shape]
-    tiles_m = 1 if over[2] else ceil_div(queries, block)
-    tiles_n = 1 if over[3] else ceil_div(keys, block)
-    programs = grad_bias.shape[0] * grad_bias.shape[1] * tiles_m * tiles_n
-    block_d, block_dv = block_of(d), block_of(dv)
-    with on_device(query):
-        attention_bias_kernel[(programs,)](
-            *(query, key, value, grad_output, *statistics, grad_bias),
-            *_terms(a),
-            *(a.key_lengths, a.seed),
-            *strides_of(query, 3),
-            *strides_of(key, 3),
-            *strides_of(value, 3),
-            *strides_of(grad_output, 3),
-            *_term_strides(a),
-            *strides_of(grad_bias, 4),
-            *(batch, heads, heads // key_heads, queries, keys, grad_bias.shape[1]),
-            *(tiles_m, tiles_n),
-            *scalars_of(a),
-            D=d,
-            DV=dv,
-            BLOCK_M=block,
-            BLOCK_N=block,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            VECTOR=row_vector(d | dv, query, key, value, grad_output),
-            OVER_BATCH=over[0],
-            OVER_HEADS=over[1],
-            OVER_ROWS=over[2],
-            OVER_COLUMNS=over[3],
-            num_warps=4,
-            num_stages=1,
-            **terms_of(a),
-        )
+            run(careful_launch(max(d, dv)), careful=True)

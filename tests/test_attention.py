@@ -87,7 +87,15 @@ INTERPRETED = [
             (
                 "attention",
                 torch.float32,
-                ("plain", "no keys", "no batch", "65 x 65", "head_dim 59"),
+                (
+                    "plain",
+                    "no keys",
+                    "no batch",
+                    "65 x 65",
+                    "head_dim 59",
+                    "one query, chunks",
+                    "two queries, chunks",
+                ),
             ),
             ("attention", torch.bfloat16, ("causal", "mask", "groups")),
             ("attention_bias", torch.float32, ("over heads", "over queries", "with all")),

@@ -151,14 +151,17 @@ def _contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _forward_by_triton(a: Forward) -> tuple[Tensor, Tensor]:
-    from ..kernels import attention  # here, not above: without Triton the rest still works
+    # Here, not above: without Triton the rest still works.
+    from ..kernels import attention, attention_decode
 
     output, lse = _forward_outputs(a)
     if a.cu_seqlens_q is not None:  # queries behind the last sequence are nobody's
         output.zero_()
         lse.fill_(-math.inf)
     query, key, value = _contiguous_rows(a.query, a.key, a.value)
-    attention.forward(a._replace(query=query, key=key, value=value), output, lse)
+    a = a._replace(query=query, key=key, value=value)
+    kernels = attention_decode if attention_decode.serves(a) else attention
+    kernels.forward(a, output, lse)
     return output, lse
 
 

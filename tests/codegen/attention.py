@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastseq.kernels import attention, attention_backward
+from fastseq.kernels import attention, attention_backward, attention_decode
 from fastseq.ops.attention import Backward, Forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,19 +85,33 @@ def _backward(dtype: torch.dtype, d: int, **kind: Any) -> None:
     attention_backward.backward(backward, *grads, grad_bias)
 
 
+def _decode(dtype: torch.dtype, d: int, **bounds: int) -> None:
+    a = _arguments(dtype, d, **bounds)
+    cache = torch.empty(1, 2, 4096, d, dtype=dtype)
+    query = torch.empty(1, 8, 1, d, dtype=dtype)
+    a = a._replace(query=query, key=cache, value=cache, bottom_right=True)
+    attention_decode.forward(a, torch.empty_like(query), torch.empty(query.shape[:3]))
+
+
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call) of every kernel by what is added to it, dtype and head_dim."""
     for kind, name, d in _FULL if full else _QUICK:
         for direction, call in (("forward", _forward), ("backward", _backward)):
             label = f"attention {direction} {kind} {name} {d}"
             yield label, partial(call, DTYPES[name], d, **KINDS[kind])
+    for name, d in (("bf16", 64), ("bf16", 128), ("fp32", 128)) if full else (("bf16", 128),):
+        yield f"attention decode {name} {d}", partial(_decode, DTYPES[name], d)
+        window = {"window_left": 1000, "window_right": 0}
+        yield f"attention decode window {name} {d}", partial(_decode, DTYPES[name], d, **window)
 
 
 def expects(kernel: str, label: str) -> set[str]:
     """Rows go by 16 bytes, 16-bit products to the tensor cores."""
     if kernel == "attention_delta_kernel":
         return {"wide_loads"}
-    if kernel == "attention_bias_kernel":
+    if kernel == "attention_merge_kernel":
+        return set()
+    if kernel in ("attention_bias_kernel", "attention_chunk_kernel"):
         return {"wide_loads"} | ({"tensor_cores"} if "fp32" not in label else set())
     wide = {"wide_loads", "wide_stores"}
     return wide if "fp32" in label else {*wide, "tensor_cores"}
