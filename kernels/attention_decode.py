@@ -1,17 +1,17 @@
 r"""Decoding: one or few queries against a long cache of keys and values, split over the keys.
 
 A query has one row, and a program with one head's queries would leave most of the chip idle while
-it reads a whole cache. So the cache is cut into chunks, a program for each chunk and key head, and all
-query heads that share the key head (and all their queries) are rows of one tile: the cache is read
-once whatever the group. Every program leaves an output and an lse of its own; the merge weighs them
-by ``e^(lse_chunk - lse)``, as an online softmax would have::
+it reads a whole cache. So the cache is cut into chunks, a program for each chunk and key head, and
+all query heads that share the key head (and all their queries) are rows of one tile: the cache is
+read once whatever the group. Every program leaves an output and an lse of its own; the merge weighs
+them by ``e^(lse_chunk - lse)``, as an online softmax would have::
 
     lse = log(e^sink + sum_chunks e^lse_chunk),    out = sum_chunks e^(lse_chunk - lse) out_chunk
 
 Memory decides: a step for 32 query heads, 8 key heads and 32768 keys of 128 in bf16 reads 134 MB,
 28 us at the datasheet's 4.8 TB/s of an H200 (31 at the 4.3 TB/s a copy attains); its 0.5 GFLOP are
-nothing. A chunk of 512 keys is 256 KB and 64 of them for every head fill the chip from 3 sequences
-on; what they leave, 4 rows of 128 in fp32, is 1/128 of what they read.
+nothing. A chunk of 512 keys is 256 KB, and 64 chunks of 8 key heads are 512 programs, 4 on every
+SM, for a single sequence; what they leave, 4 rows of 128 in fp32, is 1/128 of what they read.
 
 How a cache is cut depends on its length alone, not on the batch, so a row's bits do not either.
 """

@@ -1,6 +1,7 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
 from .attention import attention, scaled_dot_product_attention
+from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -10,6 +11,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_weights",
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",

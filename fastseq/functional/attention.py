@@ -196,6 +196,18 @@ def attention(
 
 
 def _attention(
+    name: str, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    arguments, leading = prepared(name, query, key, value, **options)
+    output, lse = _run(name, arguments)
+    if arguments.cu_seqlens_q is not None:
+        return output[0].transpose(0, 1), lse[0]
+    if len(leading) == 1:
+        return output, lse
+    return output.reshape(*leading, *output.shape[1:]), lse.reshape(*leading, *lse.shape[1:])
+
+
+def prepared(
     name: str,
     query: Tensor,
     key: Tensor,
@@ -217,7 +229,8 @@ def _attention(
     cu_seqlens_k: Tensor | None = None,
     key_lengths: Tensor | None = None,
     grouped: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Forward, torch.Size]:
+    """The op's arguments, after checking that all fit each other, and the leading dimensions."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _validate_tensors(name, query, key, value, grouped=grouped, packed=packed)
     left, right = _validated_window(name, window, causal, causal_alignment)
@@ -267,12 +280,7 @@ def _attention(
         float(softcap or 0.0),
         float(dropout_p),
     )
-    output, lse = _run(name, arguments)
-    if packed:
-        return output[0].transpose(0, 1), lse[0]
-    if len(leading) == 1:
-        return output, lse
-    return output.reshape(*leading, *output.shape[1:]), lse.reshape(*leading, *lse.shape[1:])
+    return arguments, leading
 
 
 def _run(name: str, a: Forward) -> tuple[Tensor, Tensor]:

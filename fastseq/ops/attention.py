@@ -183,6 +183,11 @@ def _backward_by_triton(a: Backward) -> Tensors4:
 # --- blockwise -----------------------------------------------------------------------------------
 
 
+def dense_problem(a: Forward) -> blockwise.Problem:
+    """The arguments of one dense problem, for torch's operations."""
+    return _problem(a, by_extension=False)
+
+
 def _problem(a: Forward | Backward, *, by_extension: bool) -> blockwise.Problem:
     """The whole as one dense problem, whose parts :func:`_parts` cuts out of it."""
     batch, heads, queries, _ = a.query.shape

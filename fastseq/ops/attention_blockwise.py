@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -165,9 +165,11 @@ def _heads_of(p: Problem, piece: Piece) -> tuple[Tensor, Tensor]:
 
 def _cut(p: Problem, plane: Tensor, piece: Piece) -> Tensor:
     """A view ``[B, H, Lq, Lk]`` cut to ``[n, g, i, j]``."""
-    b, h = _heads_of(p, piece)
     if piece.n.stop - piece.n.start == 1 and piece.g.stop - piece.g.start == 1:
-        return plane[int(b), int(h), piece.i, piece.j][None, None]
+        batch, key_head = divmod(piece.n.start, p.key.shape[1])
+        head = key_head * p.group + piece.g.start
+        return plane[batch, head, piece.i, piece.j][None, None]
+    b, h = _heads_of(p, piece)
     return plane[:, :, piece.i, piece.j][b, h]
 
 
@@ -325,6 +327,26 @@ class _Wide:
         if self._n != n:
             self._n, self._part = n, self._tensor[n].to(self._dtype)
         return self._part
+
+
+def weights_by_piece(p: Problem) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """The weights block by block: ``(piece, heads [n, g], weights [n, g, i, j])``.
+
+    The same memory is used for all: take from it what is wanted before the next.
+    """
+    query, keys = p.by_head(p.query), p.by_key_head(p.key)
+    width = compute_dtype(p.query.dtype)
+    lse = query.new_empty(query.shape[:3], dtype=width)
+    wide_keys = _Wide(keys)
+    narrow = replace(p, value=p.value.to(width))  # the dtype that weights come in
+    for piece in _pieces(p):
+        n, g, i, j = piece
+        heads, group, rows, columns = piece.shape
+        wide_query = _wide(query[n, g, i].reshape(heads, group * rows, -1))
+        products = torch.bmm(wide_query, wide_keys[n][:, j].mT).view(heads, group, rows, columns)
+        weights, _ = _forward_by_torch(narrow, products, piece, lse[n, g, i])
+        batch, head = _heads_of(p, piece)
+        yield piece, batch * p.query.shape[1] + head, weights
 
 
 def forward(p: Problem, output: Tensor, lse: Tensor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def attention(
                 sinks,
                 # A column is the key's number in its sequence.
                 None if keep is None else keep[:, :, here, : end_k - start_k],
-                **options,  # type: ignore[arg-type]
+                **options,
             )
             outputs.append(part[0])
             lses.append(part[1])
@@ -135,7 +136,7 @@ def attention(
                     None if alibi_slopes is None else alibi_slopes[one],
                     sinks,
                     None if keep is None else keep[one, ..., :length],
-                    **options,  # type: ignore[arg-type]
+                    **options,
                 )
             )
         if not results:
@@ -143,7 +144,7 @@ def attention(
                 query.shape[:3], dtype=compute
             )
         return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
-    return _dense(query, key, value, bias, mask, alibi_slopes, sinks, keep, **options)  # type: ignore[arg-type]
+    return _dense(query, key, value, bias, mask, alibi_slopes, sinks, keep, **options)
 
 
 def sequences(cu_seqlens: Tensor, total: int) -> list[tuple[int, int]]:
@@ -178,23 +179,48 @@ def _dense(
     sinks: Tensor | None,
     keep: Tensor | None,
     *,
+    dropout_p: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    weights, lse, visible = attention_weights(
+        query, key, bias, mask, alibi_slopes, sinks, **options
+    )
+    v = value.to(weights.dtype)
+    if v.shape[1] != weights.shape[1]:
+        v = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
+    v, bad = _finite(v)
+    if keep is not None:
+        weights = torch.where(keep, weights * keep_scale(dropout_p), 0.0)
+    output = weights @ v
+    output = torch.where(visible.any(-1, keepdim=True), output, 0.0)
+    seen_bad = visible.to(v.dtype) @ bad.to(v.dtype) > 0
+    output = torch.where(seen_bad, math.nan, output)
+    return output.to(query.dtype), lse
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *,
     scale: float,
     window_left: int,
     window_right: int,
     bottom_right: bool,
     softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(weights, lse, visible)``: ``e^(s - lse)`` where a query sees a key and 0 elsewhere."""
     compute = compute_dtype(query.dtype)
-    q, k, v = query.to(compute), key.to(compute), value.to(compute)
+    q, k = query.to(compute), key.to(compute)
     if k.shape[1] != q.shape[1]:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     # 0 * NaN is NaN, in products and in their gradients: so what is not finite is left out of them,
     # and put where it is seen.
     q, bad_q = _finite(q)
     k, bad_k = _finite(k)
-    v, bad_v = _finite(v)
     scores = q @ k.mT * scale
     bad = bad_q.any(-1)[..., :, None] | bad_k.any(-1)[..., None, :]
     scores = torch.where(bad, math.nan, scores)
@@ -214,7 +240,7 @@ def _dense(
     if k.shape[2]:
         largest = scores.amax(-1, keepdim=True).detach()
     else:
-        largest = torch.full_like(scores[..., :0].sum(-1, keepdim=True), -math.inf)
+        largest = torch.full_like(scores.sum(-1, keepdim=True), -math.inf)
     sink = None if sinks is None else sinks.to(compute)[:, None, None]
     if sink is not None:
         largest = torch.maximum(largest, sink.detach())
@@ -226,12 +252,4 @@ def _dense(
     nothing = total == 0
     total = torch.where(nothing, 1.0, total)
     lse = torch.where(nothing, -math.inf, largest + total.log())
-    weights = exponential / total
-    if keep is not None:
-        weights = torch.where(keep, weights * keep_scale(dropout_p), 0.0)
-    output = weights @ v
-    unseen = ~visible.any(-1, keepdim=True)
-    output = torch.where(unseen, 0.0, output)
-    seen_bad = visible.to(compute) @ bad_v.to(compute) > 0
-    output = torch.where(seen_bad, math.nan, output)
-    return output.to(query.dtype), lse.squeeze(-1)
+    return exponential / total, lse.squeeze(-1), visible
