@@ -39,8 +39,15 @@ if platform.machine() == "x86_64":
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
 # csrc/cpu/<family>.cpp
-CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding"]
-EXACT = ("layer_norm", "cross_entropy", "softmax", "additive_attention", "rotary_embedding")
+CPU_KERNELS = [
+    "layer_norm",
+    "cross_entropy",
+    "softmax",
+    "additive_attention",
+    "rotary_embedding",
+    "attention",
+]
+EXACT = {*CPU_KERNELS} - {"recurrent"}
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 

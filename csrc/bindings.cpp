@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "bindings/additive_attention.h"
+#include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
 #include "bindings/rotary_embedding.h"
@@ -26,6 +27,19 @@ std::string cuda_architectures() {
 STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def("cpu_instruction_set() -> str");
   m.def("cuda_architectures() -> str");
+  m.def(
+      "attention_forward_rows(Tensor(a!) scores, Tensor(b!) probabilities, Tensor(c!) lse, "
+      "Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed, float scale, "
+      "float softcap, int threshold, float keep_scale, int[] geometry) -> ()");
+  m.def(
+      "attention_backward_rows(Tensor(a!) scores, Tensor(b!) grad, Tensor(c!) probabilities, "
+      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? bias, Tensor? mask, "
+      "Tensor? slopes, Tensor? seed, float scale, float softcap, int threshold, float keep_scale, "
+      "int[] geometry) -> ()");
+  m.def(
+      "attention_decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
+      "Tensor? slopes, Tensor? sinks, Tensor? key_lengths, float scale, float softcap, int left, "
+      "int right, bool bottom_right, int split) -> (Tensor, Tensor)");
   m.def(
       "layer_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? "
       "seed, "
@@ -70,6 +84,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
+  m.impl("attention_forward_rows", TORCH_BOX(&fastseq::attention_forward_rows_cpu));
+  m.impl("attention_backward_rows", TORCH_BOX(&fastseq::attention_backward_rows_cpu));
+  m.impl("attention_decode", TORCH_BOX(&fastseq::attention_decode_cpu));
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cpu));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cpu));
   m.impl("cross_entropy_forward", TORCH_BOX(&fastseq::cross_entropy_forward_cpu));

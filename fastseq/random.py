@@ -47,11 +47,18 @@ def bits(seed: Tensor, rows: int, columns: int, first_row: int = 0) -> Tensor:
         seed: ``int64 [1]``.
         first_row: the number of the array's first row.
     """
+    device = seed.device
+    numbers = torch.arange(first_row, first_row + rows, device=device)
+    return bits_at(seed, numbers, torch.arange(columns, device=device))
+
+
+def bits_at(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """As :func:`bits`, of the rows and columns named, ``int64 [*]`` each."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
+    row = rows[:, None]
     first = _mix(_mix(low) ^ (row & _MASK))
     second = _mix(_mix((first + high) & _MASK) ^ (row >> 32))
-    x = (torch.arange(columns, device=seed.device) + first) & _MASK
+    x = (columns + first) & _MASK
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ second

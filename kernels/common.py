@@ -176,6 +176,21 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, acc, TF32: tl.constexpr = False):
+    """``acc + a @ b`` in fp32. fp32 operands are multiplied as such, or with TF32 as TF32.
+
+    The interpreter's own product of bf16 tiles is wrong, so there they are converted first.
+    """
+    if _INTERPRETED:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif TF32:
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 

@@ -26,7 +26,7 @@ from fastseq.kernels.layer_norm import BACKWARD_LIMIT, backward_launch
 
 HERE = Path(__file__).resolve().parent / "codegen"
 VERSION = ".".join(triton.__version__.split(".")[:2])
-FAMILIES = ("additive_attention", "cross_entropy", "layer_norm", "rotary_embedding", "softmax")
+FAMILIES = sorted(path.stem for path in HERE.glob("[!_]*.py"))
 RECORDED = {
     key: figures
     for family in FAMILIES

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "additive_attention.h"
+#include "attention.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
 #include "rotary_embedding.h"
@@ -16,6 +17,7 @@ struct InstructionSet {
   const SoftmaxCpu* softmax;
   const AdditiveAttentionCpu* additive_attention;
   const RotaryEmbeddingCpu* rotary_embedding;
+  const AttentionCpu* attention;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

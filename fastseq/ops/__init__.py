@@ -1,6 +1,7 @@
 """The dispatcher ops, one module a family. Importing this registers them all."""
 
 from . import additive_attention as additive_attention
+from . import attention as attention
 from . import cross_entropy as cross_entropy
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy

@@ -9,7 +9,14 @@ from importlib import import_module
 from .errors import BOUND, MismatchError, assert_as_good_as_torch, error_ratio
 from .operators import Case, Operator, Problem, Yardstick, make_problem, measure_torch, run
 
-FAMILIES = ("additive_attention", "cross_entropy", "layer_norm", "rotary_embedding", "softmax")
+FAMILIES = (
+    "additive_attention",
+    "attention",
+    "cross_entropy",
+    "layer_norm",
+    "rotary_embedding",
+    "softmax",
+)
 
 #: Every operator by name.
 OPERATORS: dict[str, Operator] = {

@@ -1,0 +1,492 @@
+"""The attention ops: schemas, fakes, candidates, autograd.
+
+``_attention_fwd`` and ``_attention_bwd`` serve every public function of the family, for
+training and for decoding::
+
+    s_ij  = cap(scale * q_i . k_j) + bias_ij - slope * |j - i|       over the keys that i sees
+    lse_i = log(e^sink + sum_j e^s_ij),    p_ij = e^(s_ij - lse_i)
+    out_i = sum_j dropout(p_ij) v_j
+
+Backward needs inputs, output and lse. The public functions are in
+``fastseq/functional/attention.py``; the formulas with all options in ``fastseq/reference``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Candidate
+from ..reference import attention as reference
+from ..reference.attention import sequences
+from ..reference.layer_norm import compute_dtype
+from . import attention_blockwise as blockwise
+from ._op import define_op, differentiable_gradients, extension_op
+
+_extension_decode = extension_op("attention_decode")
+Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# --- arguments -----------------------------------------------------------------------------------
+
+_COMMON = """Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
+    Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? seed,
+    float scale, SymInt window_left, SymInt window_right, bool bottom_right, float softcap,
+    float dropout_p"""
+_FORWARD = f"""_attention_fwd(
+    Tensor query, Tensor key, Tensor value, {_COMMON}
+) -> (Tensor output, Tensor lse)"""
+
+
+class Forward(NamedTuple):
+    """The arguments of the forward op.
+
+    ``query [B, H, Lq, D]``, ``key [B, Hk, Lk, D]``, ``value [B, Hk, Lk, Dv]`` with H a multiple of
+    Hk; ``bias`` and a boolean ``mask`` have four dimensions that broadcast to ``[B, H, Lq, Lk]``;
+    ``alibi_slopes [B or 1, H]``, ``sinks [H]``; ``cu_seqlens`` int32 or int64 ``[sequences + 1]``
+    (then B is 1), ``key_lengths [B]`` likewise. A window bound of -1 is none; causal is
+    ``window_right = 0``. ``softcap`` 0: none.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    key_lengths: Tensor | None
+    seed: Tensor | None
+    scale: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+
+
+def _options(a: Forward | Backward) -> dict[str, Any]:
+    """What the reference takes by name, of either op's arguments."""
+    return {
+        name: getattr(a, name) for name in Forward._fields if name not in ("query", "key", "value")
+    }
+
+
+def _laid_out_as(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised ``[B, H, L, *]`` in the order of ``tensor``'s: heads before L or behind it.
+
+    Models have ``[B, L, H, D]`` in memory and transpose a view of it; so does the result then, and
+    nothing is copied when it is transposed back.
+    """
+    batch, heads, length, width = shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((batch, length, heads, width), dtype=dtype).transpose(1, 2)
+    return tensor.new_empty(shape, dtype=dtype)
+
+
+def _forward_outputs(a: Forward) -> tuple[Tensor, Tensor]:
+    """Uninitialised outputs, the fake's too."""
+    shape = (*a.query.shape[:3], a.value.shape[3])
+    return (
+        _laid_out_as(a.query, shape, a.query.dtype),
+        a.query.new_empty(a.query.shape[:3], dtype=compute_dtype(a.query.dtype)),
+    )
+
+
+_BACKWARD = f"""_attention_bwd(
+    Tensor query, Tensor key, Tensor value, {_COMMON},
+    Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool bias_gradient
+) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"""
+
+
+class Backward(NamedTuple):
+    """The arguments of the backward op: the forward's, its results and their gradients."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    key_lengths: Tensor | None
+    seed: Tensor | None
+    scale: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+    grad_output: Tensor
+    grad_lse: Tensor | None
+    output: Tensor
+    lse: Tensor
+    bias_gradient: bool
+
+
+def _backward_outputs(a: Backward) -> Tensors4:
+    """Uninitialised gradients; the bias's, if wanted, in its shape and the compute dtype."""
+    grads = (_laid_out_as(t, tuple(t.shape), t.dtype) for t in (a.query, a.key, a.value))
+    if a.bias_gradient and a.bias is not None:
+        bias = a.query.new_empty(a.bias.shape, dtype=compute_dtype(a.query.dtype))
+    else:
+        bias = a.query.new_empty(0, dtype=compute_dtype(a.query.dtype))
+    return (*grads, bias)  # type: ignore[return-value]
+
+
+# --- Triton --------------------------------------------------------------------------------------
+
+
+def _contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With the elements of a row side by side, copied where they are not."""
+    return tuple(t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _forward_by_triton(a: Forward) -> tuple[Tensor, Tensor]:
+    # Here, not above: without Triton the rest still works.
+    from ..kernels import attention, attention_decode
+
+    output, lse = _forward_outputs(a)
+    if a.cu_seqlens_q is not None:  # queries behind the last sequence are nobody's
+        output.zero_()
+        lse.fill_(-math.inf)
+    query, key, value = _contiguous_rows(a.query, a.key, a.value)
+    a = a._replace(query=query, key=key, value=value)
+    kernels = attention_decode if attention_decode.serves(a) else attention
+    kernels.forward(a, output, lse)
+    return output, lse
+
+
+def _backward_by_triton(a: Backward) -> Tensors4:
+    from ..kernels import attention_backward
+
+    grads = _backward_outputs(a)
+    if a.cu_seqlens_q is not None:
+        for grad in grads:
+            grad.zero_()
+    query, key, value, grad_output, output = _contiguous_rows(
+        a.query, a.key, a.value, a.grad_output, a.output
+    )
+    a = a._replace(query=query, key=key, value=value, grad_output=grad_output, output=output)
+    attention_backward.backward(a, *grads)
+    return grads
+
+
+# --- blockwise -----------------------------------------------------------------------------------
+
+
+def dense_problem(a: Forward) -> blockwise.Problem:
+    """The arguments of one dense problem, for torch's operations."""
+    return _problem(a, by_extension=False)
+
+
+def _problem(a: Forward | Backward, *, by_extension: bool) -> blockwise.Problem:
+    """The whole as one dense problem, whose parts :func:`_parts` cuts out of it."""
+    batch, heads, queries, _ = a.query.shape
+    keys = a.key.shape[2]
+    shape = (batch, heads, queries, keys)
+    compute = compute_dtype(a.query.dtype)
+    slopes = None
+    if a.alibi_slopes is not None:
+        slopes = a.alibi_slopes.to(compute).expand(batch, heads).contiguous()
+    return blockwise.Problem(
+        query=a.query,
+        key=a.key,
+        value=a.value,
+        bias=None if a.bias is None else a.bias.expand(shape),
+        mask=None if a.mask is None else a.mask.expand(shape),
+        slopes=slopes,
+        sinks=None if a.sinks is None else a.sinks.to(compute).contiguous(),
+        seed=a.seed,
+        scale=a.scale,
+        window_left=a.window_left,
+        window_right=a.window_right,
+        shift=keys - queries if a.bottom_right else 0,
+        softcap=a.softcap,
+        dropout_p=a.dropout_p,
+        row_offset=0,
+        row_pitch=queries,
+        by_extension=by_extension,
+    )
+
+
+class _Part(NamedTuple):
+    """Which batches, queries and keys of the whole a sequence has."""
+
+    b: slice
+    i: slice
+    j: slice
+
+
+def _parts(
+    a: Forward | Backward, whole: blockwise.Problem
+) -> Iterator[tuple[_Part, blockwise.Problem]]:
+    """Dense problems that make up the whole: one, or one for each sequence."""
+    batch, heads, queries, _ = a.query.shape
+    keys = a.key.shape[2]
+    if a.cu_seqlens_q is not None and a.cu_seqlens_k is not None:
+        starts = zip(
+            sequences(a.cu_seqlens_q, queries), sequences(a.cu_seqlens_k, keys), strict=True
+        )
+        parts = [
+            (_Part(slice(0, 1), slice(*these), slice(*those)), these[0]) for these, those in starts
+        ]
+    elif a.key_lengths is not None:
+        lengths = a.key_lengths.clamp(0, keys).tolist()
+        parts = [
+            (_Part(slice(b, b + 1), slice(0, queries), slice(0, length)), b * heads * queries)
+            for b, length in enumerate(lengths)
+        ]
+    else:
+        yield _Part(slice(0, batch), slice(0, queries), slice(0, keys)), whole
+        return
+    for part, row_offset in parts:
+        b, i, j = part
+        shift = (j.stop - j.start) - (i.stop - i.start) if a.bottom_right else 0
+        yield (
+            part,
+            replace(
+                whole,
+                query=a.query[b, :, i],
+                key=a.key[b, :, j],
+                value=a.value[b, :, j],
+                bias=None if whole.bias is None else whole.bias[b, :, i, j],
+                mask=None if whole.mask is None else whole.mask[b, :, i, j],
+                slopes=None if whole.slopes is None else whole.slopes[b],
+                shift=shift,
+                row_offset=row_offset,
+            ),
+        )
+
+
+def _forward_blockwise(a: Forward, *, by_extension: bool) -> tuple[Tensor, Tensor]:
+    output, lse = _forward_outputs(a)
+    if a.cu_seqlens_q is not None:
+        output.zero_()
+        lse.fill_(-math.inf)
+    for part, problem in _parts(a, _problem(a, by_extension=by_extension)):
+        blockwise.forward(problem, output[part.b, :, part.i], lse[part.b, :, part.i])
+    return output, lse
+
+
+def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
+    grads = _backward_outputs(a)
+    several = a.cu_seqlens_q is not None or a.key_lengths is not None
+    if several:
+        for grad in grads:
+            grad.zero_()
+    grad_bias = grads[3].zero_() if a.bias_gradient else None
+    for (b, i, j), problem in _parts(a, _problem(a, by_extension=by_extension)):
+        part_of_bias = grad_bias
+        if grad_bias is not None and several:
+            rows = b if grad_bias.shape[0] > 1 else slice(0, 1)
+            columns = j if grad_bias.shape[3] > 1 else slice(0, 1)
+            part_of_bias = grad_bias[rows, :, :, columns]
+        blockwise.backward(
+            problem,
+            a.grad_output[b, :, i],
+            a.lse[b, :, i],
+            None if a.grad_lse is None else a.grad_lse[b, :, i],
+            (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j]),
+            part_of_bias,
+        )
+    return grads
+
+
+#: Queries that share a key head, up to which the decoding kernel takes a call.
+DECODE_ROWS = 16
+#: Keys of one task of it: what one core reads in some 10 us, and the same for any thread count.
+DECODE_SPLIT = 512
+
+
+def decodes(a: Forward) -> bool:
+    """Whether the CPU's decoding kernel takes the call: few queries, and nothing dropped."""
+    rows = a.query.shape[2] * a.query.shape[1] // max(a.key.shape[1], 1)
+    packed = a.cu_seqlens_q is not None or a.seed is not None
+    return 0 < rows <= DECODE_ROWS and not packed and 0 not in (a.query.numel(), a.value.numel())
+
+
+def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
+    if not decodes(a):
+        return _forward_blockwise(a, by_extension=True)
+    whole = _problem(a, by_extension=True)
+    output = _forward_outputs(a)[0]
+    query, key, value = _contiguous_rows(a.query, a.key, a.value)
+    lengths = None if a.key_lengths is None else a.key_lengths.to(torch.int64).contiguous()
+    made, made_lse = _extension_decode(
+        query,
+        key,
+        value,
+        whole.bias,
+        whole.mask,
+        whole.slopes,
+        whole.sinks,
+        lengths,
+        a.scale,
+        a.softcap,
+        a.window_left,
+        a.window_right,
+        a.bottom_right,
+        DECODE_SPLIT,
+    )
+    if made.stride() == output.stride():
+        return made, made_lse
+    return output.copy_(made), made_lse
+
+
+def _forward_by_torch(a: Forward) -> tuple[Tensor, Tensor]:
+    return _forward_blockwise(a, by_extension=False)
+
+
+def _backward_by_extension(a: Backward) -> Tensors4:
+    return _backward_blockwise(a, by_extension=True)
+
+
+def _backward_by_torch(a: Backward) -> Tensors4:
+    return _backward_blockwise(a, by_extension=False)
+
+
+# --- reference -----------------------------------------------------------------------------------
+
+
+def _forward_by_reference(a: Forward) -> tuple[Tensor, Tensor]:
+    outputs = _forward_outputs(a)
+    made = reference.attention(a.query, a.key, a.value, **_options(a))
+    for output, result in zip(outputs, made, strict=True):
+        output.copy_(result)
+    return outputs
+
+
+# --- candidates ----------------------------------------------------------------------------------
+
+
+def _triton_rejects(a: Forward | Backward) -> str | None:
+    if a.query.dtype == torch.float64:
+        return "no fp64 kernel"
+    if max(a.query.shape[3], a.value.shape[3]) > 256:
+        return "head_dim above 256"
+    return None
+
+
+def _cpu_rejects(a: Forward | Backward) -> str | None:
+    return "no fp64 kernel" if a.query.dtype == torch.float64 else None
+
+
+forward_op = define_op(
+    _FORWARD,
+    Forward,
+    _forward_outputs,
+    (
+        Candidate("triton", _forward_by_triton, _triton_rejects),
+        Candidate("cpu", _forward_by_extension, _cpu_rejects),
+        Candidate("torch", _forward_by_torch),
+        Candidate("reference", _forward_by_reference),
+    ),
+)
+
+backward_op = define_op(
+    _BACKWARD,
+    Backward,
+    _backward_outputs,
+    (
+        Candidate("triton", _backward_by_triton, _triton_rejects),
+        Candidate("cpu", _backward_by_extension, _cpu_rejects),
+        Candidate("torch", _backward_by_torch),
+        # An op runs below autograd, which the naive forward would need for its gradients.
+        Candidate("reference", _backward_by_torch),
+    ),
+)
+
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Saves inputs, output and lse; the arguments are those of the op, in its order."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output, lse = forward_op(*arguments)
+        a = Forward(*arguments)
+        ctx.save_for_backward(*(getattr(a, name) for name in _TENSORS), output, lse)
+        ctx.options = arguments[len(_TENSORS) :]
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, output, lse = ctx.saved_tensors
+        none = (None,) * len(Forward._fields)
+        if grad_output is None:
+            if grad_lse is None:
+                return none
+            grad_output = torch.zeros_like(output)
+        a = Forward(*tensors, *ctx.options)
+        needs = dict(zip(Forward._fields, ctx.needs_input_grad, strict=True))
+        # With create_graph the gradient must be differentiable itself: the reference is.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(a, needs, grad_output, grad_lse)
+        grads: dict[str, Tensor | None] = dict.fromkeys(Forward._fields)
+        bias_gradient = needs["bias"]
+        made = backward_op(*a, grad_output, grad_lse, output, lse, bias_gradient)
+        for name, grad in zip(("query", "key", "value"), made[:3], strict=True):
+            grads[name] = grad if needs[name] else None
+        if bias_gradient and a.bias is not None:
+            grads["bias"] = made[3].to(a.bias.dtype)
+        if needs["sinks"] and a.sinks is not None:
+            grads["sinks"] = _sink_gradient(a.sinks, grad_output, grad_lse, output, lse)
+        return tuple(grads.values())
+
+
+_TENSORS = Forward._fields[: Forward._fields.index("scale")]
+
+
+def _sink_gradient(
+    sinks: Tensor, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor
+) -> Tensor:
+    """A sink is a key whose value is 0: ``-p_sink * delta``, summed over batch and queries."""
+    compute = lse.dtype
+    seen = lse > -math.inf
+    delta = (grad_output.to(compute) * output.to(compute)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    weight = torch.where(seen, (sinks.to(compute)[:, None] - lse).exp(), 0.0)
+    return -torch.where(seen, weight * delta, 0.0).sum((0, 2)).to(sinks.dtype)
+
+
+def _differentiable(
+    a: Forward, needs: dict[str, bool], grad_output: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients through the reference, to be differentiated again."""
+    names = ("query", "key", "value", "bias", "sinks")
+    options = _options(a)
+
+    def weighted(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        qkv = [given.pop(name) for name in names[:3]]
+        output, lse = reference.attention(*qkv, **{**options, **given})
+        total = (output * grad_output).sum(dtype=lse.dtype)
+        if grad_lse is not None:
+            seen = lse > -math.inf
+            total = total + torch.where(seen, lse, 0.0).mul(grad_lse).sum()
+        return total
+
+    wanted = tuple(needs[name] for name in names)
+    one = torch.ones((), dtype=a.query.dtype, device=a.query.device)
+    one = one.to(compute_dtype(a.query.dtype))
+    made = differentiable_gradients(
+        weighted, tuple(getattr(a, name) for name in names), wanted, one
+    )
+    grads: dict[str, Tensor | None] = dict.fromkeys(Forward._fields)
+    grads.update(zip(names, made, strict=True))
+    return tuple(grads.values())

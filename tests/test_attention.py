@@ -1,0 +1,689 @@
+"""The attention family: every backend against the fp64 oracle, autograd, transforms, bad input."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastseq
+from fastseq import functional
+from fastseq.backends import recorded
+from fastseq.ops import attention_blockwise as blockwise
+from fastseq.testing import BOUND, OPERATORS, Case, make_problem, measure_torch, run
+from fastseq.testing.attention import OPERATORS as FAMILY
+from fastseq.testing.check import check
+
+NAMES = [operator.name for operator in FAMILY]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CPU = torch.device("cpu")
+attention, sdpa = functional.attention, functional.scaled_dot_product_attention
+KERNELS = ["cpu", "triton", "torch", "reference"]
+
+
+def cases(name: str, *, tiny: bool, quick: bool = False) -> list[Case]:
+    found = [case for case in OPERATORS[name].cases if not case.large and (case.tiny or not tiny)]
+    return [case for case in found if case.quick or not quick]
+
+
+def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
+    """Every case passes (ratios to torch's error, determinism, poison, batch invariance)."""
+    chosen = [case for case in chosen if dtype in case.dtypes]
+    if not chosen:
+        pytest.skip("no cases in fp64: gradcheck sees to it")
+    ran = 0
+    for case in chosen:
+        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
+        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
+        ran += outcome.skipped is None
+    assert ran
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """By choice, which is the C++ rows but for fp64 and what torch serves."""
+    expect_pass(name, "auto", dtype, cases(name, tiny=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_candidates(name: str, dtype: torch.dtype) -> None:
+    for backend in ("torch", "reference"):
+        expect_pass(name, backend, dtype, cases(name, tiny=True, quick=True))
+    if dtype != torch.float64 and name == "scaled_dot_product_attention":
+        expect_pass(name, "cpu", dtype, cases(name, tiny=True))
+
+
+def expect_near(name: str, backend: str, dtype: torch.dtype, case: Case) -> None:
+    """As near the truth as torch's, in one run: the interpreter needs a second for each."""
+    operator = OPERATORS[name]
+    yardstick = measure_torch(operator, make_problem(operator, case.sizes, dtype, CPU))
+    with fastseq.use_backend(backend):
+        ratios = yardstick.ratios(run(operator.ours, yardstick.problem))
+    bad = {result: pair for result, pair in ratios.items() if max(pair) > BOUND}
+    assert not bad, (name, case.name, bad)
+
+
+#: By the interpreter in every test run: each feature together with some others, and in bf16 those
+#: that change the way through a kernel. The rest of the pairwise cover is slow.
+INTERPRETED = [
+    *(
+        ("attention", torch.float32, case)
+        for case in [c for c in cases("attention", tiny=True) if "+" in c.name][::2]
+    ),
+    *(
+        (name, dtype, case)
+        for name, dtype, names in (
+            (
+                "attention",
+                torch.float32,
+                (
+                    "plain",
+                    "no keys",
+                    "no batch",
+                    "65 x 65",
+                    "head_dim 59",
+                    "one query, chunks",
+                    "two queries, chunks",
+                ),
+            ),
+            ("attention", torch.bfloat16, ("causal", "mask", "groups")),
+            ("attention_bias", torch.float32, ("over heads", "over queries", "with all")),
+            ("attention_bias", torch.bfloat16, ("over the batch",)),
+            ("attention_packed", torch.float32, ("cross", "some are empty")),
+        )
+        for case in cases(name, tiny=True)
+        if case.name in names
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf in the interpreter
+@pytest.mark.parametrize(
+    ("name", "dtype", "case"),
+    [pytest.param(*point, id=f"{point[0]}-{point[1]}-{point[2].name}") for point in INTERPRETED],
+)
+def test_triton_kernels_interpreted(name: str, dtype: torch.dtype, case: Case) -> None:
+    expect_near(name, "triton", dtype, case)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_kernels_keep_the_contract() -> None:
+    """The same to the bit in two runs, in poisoned memory, and without half the batch."""
+    names = ("causal", "over the batch", "causal")
+    for name, wanted in zip(NAMES, names, strict=False):
+        expect_pass(
+            name, "triton", torch.float32, [c for c in cases(name, tiny=True) if c.name == wanted]
+        )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+def test_triton_kernels_interpreted_all(name: str, dtype: torch.dtype) -> None:
+    expect_pass(name, "triton", dtype, cases(name, tiny=True))
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.slow
+def test_every_instruction_set(instruction_set: str) -> None:
+    """A machine runs the widest it has; a process of its own runs the others."""
+    code = (
+        "import fastseq, sys\n"
+        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
+        "from fastseq.cli import main\n"
+        "sys.exit(main(['verify', '--quick', '--family', 'attention', '--backend', 'cpu']))"
+    )
+    available = fastseq.backends()["cpu"]
+    if instruction_set.startswith("avx") and "avx" not in available:
+        pytest.skip(f"this machine has {available}")
+    result = subprocess.run(
+        [sys.executable, "-c", code, instruction_set],
+        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def small(*, length: int = 9, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(2, 2, length, 8, dtype=dtype) for _ in range(3)]
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_blocks_of_queries_give_what_the_whole_gives(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into blocks of 16 queries and a head at a time."""
+    q = torch.randn(2, 4, 70, 8, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(2, 2, 50, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    bias = torch.randn(1, 4, 70, 50, dtype=dtype, requires_grad=True)
+    seed = torch.tensor([77])
+    grad = torch.randn(2, 4, 70, 8, dtype=dtype)
+
+    def several() -> list[Tensor]:
+        results = []
+        for options in (
+            {"window": (20, 5), "causal_alignment": "bottom_right"},
+            {"causal": True, "mask": torch.ones(2, 1, 1, 50).bool(), "softcap": 3.0},
+            {"key_lengths": torch.tensor([50, 13]), "sinks": torch.ones(4)},
+        ):
+            output = attention(q, k, v, bias=bias, dropout_p=0.2, seed=seed, **options)
+            results += [output, *torch.autograd.grad(output, (q, k, v, bias), grad)]
+        return results
+
+    with fastseq.use_backend(backend):
+        whole = several()
+        monkeypatch.setitem(blockwise.BLOCK_ELEMENTS, "cpu", 16 * 50)
+        blocks = several()
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for one, other in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    """Of 1 x 4 x 2048 the scores alone would be 67 MB; fastseq's largest tensor is a block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.elements = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
+            return result
+
+    q, k, v = (torch.randn(1, 4, 2048, 16, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        sdpa(q, k, v, dropout_p=0.1).sum().backward()
+    assert largest.elements <= blockwise.BLOCK_ELEMENTS["cpu"]
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    q, k, v = (torch.randn(2, 4, 300, 32, requires_grad=True) for _ in range(3))
+    seed, grad = torch.tensor([5]), torch.randn(2, 4, 300, 32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fastseq.use_backend("cpu"), torch.no_grad():
+                few = attention(q[:, :, :1], k, v)
+            results.append((few,))
+            with fastseq.use_backend("cpu"):
+                output = attention(q, k, v, dropout_p=0.2, seed=seed, causal=True)
+                grads = torch.autograd.grad(output, (q, k, v), grad)
+            results[-1] += (output, *grads)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in pairwise(results):
+        assert torch.equal(one[0], other[0])  # all ours; the others have the library's products
+        for a, b in zip(one[1:], other[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", ["mask", "bias", "causal", "key_lengths", "packed"])
+def test_what_is_not_seen_leaks_nothing(backend: str, kind: str) -> None:
+    """NaN and Inf in keys and values that are not seen, and in gradients of those that see none."""
+    q, k, v = small(length=20)
+    poisoned = [t.clone() for t in (q, k, v)]
+    grad = torch.randn(2, 2, 20, 8)
+    options: dict[str, Any] = {}
+    seen = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+    if kind in ("mask", "bias"):
+        seen = seen & (torch.rand(2, 1, 1, 20) < 0.7)
+        seen[..., 0], seen[..., 3], seen[..., 4] = True, False, False
+        seen[0, :, 7] = False  # this query sees nothing
+        options["mask"] = seen
+        if kind == "bias":
+            options = {"bias": torch.zeros(seen.shape).masked_fill(~seen, -math.inf)}
+        poisoned[1][:, :, 3] = math.nan
+        poisoned[2][:, :, 4, 2] = math.inf
+    elif kind == "causal":
+        seen = seen.tril()
+        options["causal"] = True
+        poisoned[1][:, :, 15] = math.inf
+        poisoned[2][:, :, 12, 3] = math.nan
+    elif kind == "key_lengths":
+        lengths = torch.tensor([13, 0])
+        seen = (torch.arange(20) < lengths[:, None, None, None]).expand(2, 1, 20, 20)
+        options["key_lengths"] = lengths
+        for tensor in poisoned[1:]:
+            tensor[0, :, 13:], tensor[1] = math.nan, math.inf
+    else:
+        q, k, v, grad = (t[0].transpose(0, 1) for t in (q, k, v, grad))
+        poisoned = [t[0].transpose(0, 1).clone() for t in poisoned]
+        options["cu_seqlens_q"] = torch.tensor([0, 9, 18])
+        options["cu_seqlens_k"] = torch.tensor([0, 12, 15])
+        for tensor in poisoned[1:]:
+            tensor[15:] = math.nan
+    leaves = [t.requires_grad_() for t in poisoned]
+    clean = [t.clone().requires_grad_() for t in (q, k, v)]
+
+    def both(tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        with fastseq.use_backend(backend):
+            output = attention(*tensors, **options)
+            assert isinstance(output, Tensor)
+            return (output, *torch.autograd.grad(output, tensors, grad))
+
+    expected, result = both(clean, grad), both(leaves, grad)
+    if kind == "causal":  # queries from 12 on see the NaN
+        first = (slice(None), slice(None), slice(0, 12))
+        for name, mine, theirs in zip("oq", result, expected, strict=False):
+            torch.testing.assert_close(mine[first], theirs[first], msg=name)
+        assert result[0][:, :, 12:, 3].isnan().all()
+        return
+    for mine, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    if kind in ("mask", "bias"):
+        assert torch.equal(result[0][0, :, 7], torch.zeros(2, 8))
+        assert torch.equal(result[1][0, :, 7], torch.zeros(2, 8))
+        spoiled = grad.clone()
+        spoiled[0, :, 7] = math.nan
+        if backend != "reference":
+            for mine, theirs in zip(both(leaves, spoiled), expected, strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_lse_of_nothing(backend: str) -> None:
+    q, k, v = small()
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    with fastseq.use_backend(backend):
+        output, lse = attention(q, k, v, mask=mask, return_lse=True)
+        assert torch.equal(output, torch.zeros_like(output))
+        assert torch.equal(lse, torch.full((2, 2, 9), -math.inf))
+        sinks = torch.tensor([1.5, -math.inf])
+        output, lse = attention(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+        assert torch.equal(output, torch.zeros_like(output))
+        torch.testing.assert_close(lse, sinks[None, :, None].expand(2, 2, 9))
+
+
+def test_mask_together_with_is_causal_is_both() -> None:
+    q, k, v = small()
+    mask = torch.rand(2, 1, 9, 9) < 0.6
+    both = mask & torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = sdpa(q, k, v, attn_mask=both)
+    for backend in ("auto", "cpu"):
+        with fastseq.use_backend(backend):
+            torch.testing.assert_close(sdpa(q, k, v, attn_mask=mask, is_causal=True), expected)
+
+
+def test_row_of_one_key_has_no_gradient_to_its_score() -> None:
+    """Its weight is 1 whatever the score is: 0, not rounding noise, where rows are whole."""
+    q, k, v = (t.to(torch.bfloat16).requires_grad_() for t in small(length=1))
+    output = attention(q, k, v)
+    assert isinstance(output, Tensor)
+    for grad in torch.autograd.grad(output, (q, k), torch.randn(2, 2, 1, 8).bfloat16()):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_mask_is_the_python_twins(backend: str) -> None:
+    """Values of a unit basis and equal scores: the output is the mask itself."""
+    from fastseq.random import keep_mask
+
+    q = k = torch.zeros(2, 3, 20, 4)
+    v = torch.eye(20).expand(2, 3, 20, 20)
+    seed = torch.tensor([987654321987])
+    with fastseq.use_backend(backend):
+        output = attention(q, k, v, dropout_p=0.4, seed=seed)
+    assert isinstance(output, Tensor)
+    assert torch.equal(output != 0, keep_mask(seed, (2, 3, 20, 20), 0.4))
+    torch.testing.assert_close(output.max(), torch.tensor(1 / 20 / 0.6))
+
+
+def test_dropout_goes_by_torchs_generator() -> None:
+    q, k, v = small(length=40)
+    torch.manual_seed(3)
+    first = sdpa(q, k, v, dropout_p=0.5)
+    second = sdpa(q, k, v, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(sdpa(q, k, v, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(sdpa(q, k, v, dropout_p=1.0), torch.zeros_like(q))
+
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+def test_gradients_are_derivatives() -> None:
+    q, k, v = (t[:1].double().requires_grad_() for t in small(length=5))
+    bias = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(5, 5) < 0.7
+    mask[2] = False
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, is_causal=True)
+
+    def rich(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        output, lse = attention(
+            q, k, v, bias=bias, sinks=sinks, mask=mask, softcap=2.0, dropout_p=0.3,
+            seed=torch.tensor([4]), return_lse=True,
+        )  # fmt: skip
+        return output, lse
+
+    for backend in ("torch", "reference"):
+        with fastseq.use_backend(backend):
+            for function, inputs in ((plain, (q, k, v)), (rich, (q, k, v, bias, sinks))):
+                assert torch.autograd.gradcheck(
+                    function, inputs, check_forward_ad=function is plain
+                )
+                assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_func_transforms() -> None:
+    """grad, vmap, jvp and their compositions give what torch's own function gives."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (t[0] for t in small())
+    tangent = torch.randn_like(q)
+
+    def values(function: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(q: Tensor) -> Tensor:
+            return function(q, k, v).pow(2).sum()
+
+        return [
+            torch.func.vmap(lambda q: function(q[None], k[:1], v[:1]))(q),
+            torch.func.grad(loss)(q),
+            torch.func.jvp(lambda q: function(q, k, v), (q,), (tangent,))[1],
+            torch.func.jvp(torch.func.grad(loss), (q,), (tangent,))[1],
+            torch.func.hessian(lambda q: function(q, k[:, :2], v[:, :2]).pow(2).sum())(q[:, :2]),
+        ]
+
+    mine = values(sdpa)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = values(F.scaled_dot_product_attention)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_torchs_own_samples() -> None:
+    """torch's sample inputs for this function, outputs and gradients."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (op,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
+    seen = 0
+    for dtype in (torch.float32, torch.float64):
+        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+            if sample.kwargs.get("dropout_p"):
+                continue  # another mask
+            theirs = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+            leaves = [sample.input, *(t for t in sample.args[:2] if isinstance(t, Tensor))]
+            grad = torch.randn_like(theirs)
+            expected = torch.autograd.grad(theirs, leaves, grad)
+            for backend in ("auto", "torch", "reference"):
+                with fastseq.use_backend(backend):
+                    ours = sdpa(sample.input, *sample.args, **sample.kwargs)
+                    mine = torch.autograd.grad(ours, leaves, grad)
+                # Samples go up to 9: scores of some 200 make e^s 1e-5 off; dp, a sum of 8 products
+                # up to 81, is some 7e-5 off, and its gradients 9 times that.
+                atol = 2e-3 if dtype == torch.float32 else 1e-10
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=atol / 10)
+                for a, b in zip(mine, expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+            seen += 1
+    assert seen > 10
+
+
+# --- semantics of torch --------------------------------------------------------------------------
+
+
+def test_leading_dimensions_broadcast_as_torchs() -> None:
+    q = torch.randn(2, 3, 9, 8)
+    for k in (torch.randn(7, 8), torch.randn(3, 7, 8), torch.randn(2, 1, 7, 8)):
+        with fastseq.use_backend("cpu"):
+            torch.testing.assert_close(sdpa(q, k, k), F.scaled_dot_product_attention(q, k, k))
+            torch.testing.assert_close(
+                sdpa(q[0, 0], k, k), F.scaled_dot_product_attention(q[0, 0], k, k)
+            )
+
+
+def test_leading_dimensions() -> None:
+    for leading in ((), (3,), (2, 3)):
+        q, k, v = (torch.randn(*leading, 2, 9, 8) for _ in range(3))
+        mask = torch.rand(*leading, 1, 9, 9) < 0.8
+        for given in (None, mask, torch.rand(9, 9) < 0.8):
+            expected = F.scaled_dot_product_attention(q, k, v, given)
+            with fastseq.use_backend("cpu"):
+                torch.testing.assert_close(sdpa(q, k, v, given), expected)
+
+
+def test_masks_of_fewer_dimensions() -> None:
+    q, k, v = small()
+    for shape in ((9,), (1, 9), (9, 1), (2, 1, 1), (2, 1, 1, 9), ()):
+        mask = torch.rand(shape) < 0.7
+        expected = F.scaled_dot_product_attention(q, k, v, mask.expand(2, 2, 9, 9))
+        with fastseq.use_backend("cpu"):
+            torch.testing.assert_close(sdpa(q, k, v, mask), expected)
+
+
+def test_output_is_laid_out_as_the_query() -> None:
+    q, k, v = (torch.randn(2, 9, 4, 8).transpose(1, 2) for _ in range(3))
+    for backend in ("cpu", "torch", "reference", "triton"):
+        with fastseq.use_backend(backend):
+            assert sdpa(q, k, v).transpose(1, 2).is_contiguous()
+
+
+def test_plain_calls_go_to_torchs_flash_kernel() -> None:
+    q, k, v = small(length=40)
+    with recorded() as decisions:
+        sdpa(q, k, v, is_causal=True)
+        sdpa(q, k, v, dropout_p=0.5)
+        sdpa(q[:, :, :1], k.repeat(1, 1, 200, 1), v.repeat(1, 1, 200, 1))
+    names = [(decision.op, decision.backend) for decision in decisions]
+    assert names == [
+        ("scaled_dot_product_attention", "torch"),
+        ("_attention_fwd", "cpu"),
+        ("_attention_fwd", "cpu"),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_autocast_gives_the_dtypes_torch_gives(device: str, dtype: torch.dtype) -> None:
+    """On fake tensors, so that CUDA's rule is tested without one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    enabled, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    try:
+        with FakeTensorMode():
+            q = torch.empty(2, 2, 9, 8, device=device, dtype=dtype)
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, torch.bfloat16)
+            theirs = F.scaled_dot_product_attention(q, q, q)
+            assert sdpa(q, q, q).dtype == theirs.dtype
+            assert attention(q, q, q, causal=True).dtype == theirs.dtype  # type: ignore[union-attr]
+    finally:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, half)
+
+
+def test_subclasses_go_to_torch() -> None:
+    class Tagged(Tensor):
+        pass
+
+    q = torch.randn(2, 2, 9, 8).as_subclass(Tagged)
+    with recorded() as decisions:
+        assert type(sdpa(q, q, q)) is Tagged
+    assert [d.backend for d in decisions] == ["torch"]
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1 << 19, 16 * 25])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "causal_alignment": "bottom_right"},
+        {"mask": True, "softcap": 2.0, "window": (9, 4)},
+        {"bias": True, "sinks": True, "scale": 0.3},
+    ],
+    ids=str,
+)
+def test_weights_are_streamed(
+    block: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked for is that of the whole map, and the map times values is attention."""
+    q, k, v = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 25, 8), torch.randn(2, 2, 25, 8)
+    options = dict(options)
+    if "mask" in options:
+        options["mask"] = torch.rand(2, 1, 30, 25) < 0.5
+        options["mask"][0, 0, 3] = False
+    if "bias" in options:
+        options |= {"bias": torch.randn(1, 4, 30, 25), "sinks": torch.randn(4)}
+    monkeypatch.setitem(blockwise.BLOCK_ELEMENTS, "cpu", block)
+    weights = functional.attention_weights(q, k, **options)
+    assert isinstance(weights, Tensor)
+    expected = attention(q, k, v, **options)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), expected)
+    logarithm = torch.where(weights > 0, weights, 1.0).log()
+    for reduce, whole in (
+        ("heads", weights.mean(1)),
+        ("keys", weights.sum(2)),
+        ("entropy", -(weights * logarithm).sum(-1)),
+    ):
+        torch.testing.assert_close(
+            functional.attention_weights(q, k, reduce=reduce, **options), whole
+        )
+    values, keys = functional.attention_weights(q, k, reduce="top_k", k=3, **options)
+    torch.testing.assert_close(values, weights.topk(3, -1).values)
+    torch.testing.assert_close(weights.gather(-1, keys), values)
+
+
+def test_weights_have_gradients() -> None:
+    q, k = (t[:1, :, :4].double().requires_grad_() for t in small()[:2])
+    for reduce in ("none", "heads", "keys", "entropy"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, r=reduce: functional.attention_weights(q, k, reduce=r, causal=True), (q, k)
+        )
+
+
+def test_weights_take_no_more_memory_than_they_have() -> None:
+    """Of 1 x 2 x 3000 the map would be 72 MB."""
+    q, k = torch.randn(1, 2, 3000, 8), torch.randn(1, 2, 3000, 8)
+    sizes = []
+    original = blockwise._forward_by_torch
+
+    def spy(p: Any, products: Tensor, *rest: Any) -> Any:
+        sizes.append(products.numel())
+        return original(p, products, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "_forward_by_torch", spy)
+        functional.attention_weights(q, k, reduce="keys")
+    assert max(sizes) <= blockwise.BLOCK_ELEMENTS["cpu"]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+X = torch.randn(2, 4, 5, 8)
+P = torch.randn(7, 2, 8)
+STARTS = torch.tensor([0, 3, 7])
+BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: sdpa(X, X[..., :7], X), RuntimeError, "key.*head_dim 8, got 7"),
+    (lambda: sdpa(X, X, X[:, :, :4]), RuntimeError, "value.*length 5, got 4"),
+    (lambda: sdpa(X, X[:, :2], X[:, :2]), RuntimeError, "key.*4 heads, got 2.*enable_gqa"),
+    (lambda: sdpa(X, X[:, :3], X[:, :3], enable_gqa=True), RuntimeError, "multiple.*3, got 4"),
+    (lambda: sdpa(X, X[:, :2], X, enable_gqa=True), RuntimeError, "value.*2 heads, got 4"),
+    (lambda: sdpa(X, X[[0, 1, 0]], X[[0, 1, 0]]), RuntimeError, r"key.*batch \[2\], got \[3\]"),
+    (lambda: attention(X, X[:1], X[:1]), RuntimeError, r"key.*batch \[2\], got \[1\]"),
+    (lambda: attention(X, X[0], X), RuntimeError, "key must be"),
+    (lambda: sdpa(X, X.double(), X), RuntimeError, "key.*dtype.*float64"),
+    (lambda: sdpa(X, X, X.to("meta")), RuntimeError, "value.*device"),
+    (lambda: sdpa(X.long(), X.long(), X.long()), NotImplementedError, "query.*int64"),
+    (lambda: sdpa(X, X, X, dropout_p=1.5), ValueError, "dropout_p.*1.5"),
+    (lambda: sdpa(X, X, X, X[:1, :1, :, :4]), RuntimeError, r"attn_mask of shape \[1, 1, 5, 4\]"),
+    (lambda: sdpa(X, X, X, torch.ones(5, 5).long()), RuntimeError, "attn_mask.*int64"),
+    (lambda: attention(X, X, X, mask=torch.ones(5, 5)), RuntimeError, "mask must be boolean"),
+    (lambda: attention(X, X, X, bias=torch.ones(5, 5).bool()), RuntimeError, "bias.*floating"),
+    (lambda: attention(X, X, X, bias=torch.ones(5, 4)), RuntimeError, r"bias of shape \[5, 4\]"),
+    (lambda: attention(X, X, X, window=(-1, 0)), ValueError, "window.*negative"),
+    (lambda: attention(X, X, X, softcap=0.0), ValueError, "softcap.*0.0"),
+    (lambda: attention(X, X, X, softcap=-1.0), ValueError, "softcap.*-1.0"),
+    (lambda: attention(X, X, X, causal_alignment="left"), ValueError, "causal_alignment.*'left'"),
+    (lambda: attention(X, X, X, alibi_slopes=torch.ones(3)), RuntimeError, r"alibi_slopes.*\[3\]"),
+    (
+        lambda: attention(X, X, X, alibi_slopes=torch.ones(4, requires_grad=True)),
+        RuntimeError,
+        "alibi_slopes takes no gradient",
+    ),
+    (lambda: attention(X, X, X, sinks=torch.ones(2, 4)), RuntimeError, r"sinks.*\[2, 4\]"),
+    (lambda: attention(X, X, X, key_lengths=torch.ones(2)), RuntimeError, "key_lengths.*int"),
+    (lambda: attention(X, X, X, key_lengths=torch.ones(3).int()), RuntimeError, "key_lengths"),
+    (
+        lambda: attention(X, X, X, dropout_p=0.1, seed=torch.tensor(1)),
+        RuntimeError,
+        r"seed.*\[1\].*\[\]",
+    ),
+    (lambda: functional.attention_weights(X, X, reduce="mean"), ValueError, "reduce.*'mean'"),
+    (lambda: functional.attention_weights(X, X, reduce="top_k", k=6), ValueError, "k must.*6"),
+    (lambda: attention(P, P, P, cu_seqlens_q=STARTS), RuntimeError, "cu_seqlens_k is None"),
+    (
+        lambda: attention(X, X, X, cu_seqlens_q=STARTS, cu_seqlens_k=STARTS),
+        RuntimeError,
+        r"query must be \[total, H, D\]",
+    ),
+    (
+        lambda: attention(P, P, P, cu_seqlens_q=STARTS, cu_seqlens_k=STARTS + 1),
+        ValueError,
+        r"cu_seqlens_k.*7 at most, got \[1, 4, 8\]",
+    ),
+    (
+        lambda: attention(P, P, P, cu_seqlens_q=STARTS.flip(0), cu_seqlens_k=STARTS),
+        ValueError,
+        "cu_seqlens_q must ascend",
+    ),
+    (
+        lambda: attention(P, P, P, cu_seqlens_q=STARTS[:2], cu_seqlens_k=STARTS),
+        RuntimeError,
+        "cu_seqlens_k.*shape",
+    ),
+    (
+        lambda: attention(P, P, P, cu_seqlens_q=STARTS, cu_seqlens_k=STARTS.float()),
+        RuntimeError,
+        "cu_seqlens_k.*float32",
+    ),
+    (
+        lambda: attention(
+            P, P, P, cu_seqlens_q=STARTS, cu_seqlens_k=STARTS, mask=torch.ones(7) > 0
+        ),
+        RuntimeError,
+        "mask must be None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
