@@ -39,7 +39,7 @@ if platform.machine() == "x86_64":
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
 EXACT = {"layer_norm": ["-ffp-contract=off"]}
-CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax"]  # csrc/cpu/<family>.cpp
+CPU_KERNELS = ["layer_norm", "cross_entropy", "softmax", "recurrent"]  # csrc/cpu/<family>.cpp
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 
 

@@ -3,6 +3,7 @@
 
 #include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
+#include "bindings/recurrent.h"
 #include "bindings/softmax.h"
 
 namespace fastseq {
@@ -52,6 +53,25 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def(
       "softmax_backward(Tensor grad_output, Tensor output, int length, int inner, bool log, "
       "bool masked, float scale, ScalarType input_dtype) -> Tensor");
+  m.def(
+      "recurrent_forward(Tensor gates_x, Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? bias_hh, "
+      "Tensor? weight_hr, Tensor? norm_hh, Tensor? norm_c, Tensor? bias_c, Tensor? lengths, "
+      "Tensor? seed, Tensor? keep, int cell, bool reverse, float zoneout_h, float zoneout_c, "
+      "int threshold_h, int threshold_c, float eps, bool save) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_backward(Tensor gates, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor? grad_cells, Tensor output, Tensor cells, Tensor normalized, Tensor statistics, "
+      "Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? weight_hr, Tensor? norm_hh, "
+      "Tensor? norm_c, Tensor? bias_c, Tensor? lengths, Tensor? seed, Tensor? keep, int cell, "
+      "bool reverse, float zoneout_h, float zoneout_c, int threshold_h, int threshold_c, int bptt, "
+      "float grad_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_forward(Tensor gates_x, Tensor gates_h, Tensor h, Tensor? c, int cell, "
+      "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_backward(Tensor saved, Tensor? grad_h, Tensor? grad_c, Tensor cells, "
+      "Tensor h, Tensor? c, int cell) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
@@ -68,6 +88,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("softmax_forward", TORCH_BOX(&fastseq::softmax_forward_cpu));
   m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
   m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));
+  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cpu));
+  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward_cpu));
+  m.impl("recurrent_cell_forward", TORCH_BOX(&fastseq::recurrent_cell_forward_cpu));
+  m.impl("recurrent_cell_backward", TORCH_BOX(&fastseq::recurrent_cell_backward_cpu));
 }
 
 #ifdef FASTSEQ_CUDA

@@ -26,7 +26,7 @@ from fastseq.kernels.layer_norm import BACKWARD_LIMIT, backward_launch
 
 HERE = Path(__file__).resolve().parent / "codegen"
 VERSION = ".".join(triton.__version__.split(".")[:2])
-FAMILIES = ("cross_entropy", "layer_norm", "softmax")
+FAMILIES = ("cross_entropy", "layer_norm", "recurrent", "softmax")
 RECORDED = {
     key: figures
     for family in FAMILIES

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..registry import Benchmark
 
-FAMILIES = ("cross_entropy", "layer_norm", "softmax")
+FAMILIES = ("cross_entropy", "layer_norm", "recurrent", "softmax")
 
 
 def benchmarks_of(families: tuple[str, ...] | list[str] = FAMILIES) -> tuple[Benchmark, ...]:

@@ -5,7 +5,7 @@
 
 // A new family adds its kernels here.
 #define FASTSEQ_KERNELS(isa) \
-  InstructionSet { #isa, &isa::layer_norm, &isa::cross_entropy, &isa::softmax }
+  InstructionSet { #isa, &isa::layer_norm, &isa::cross_entropy, &isa::softmax, &isa::recurrent }
 
 namespace fastseq {
 

@@ -3,6 +3,7 @@
 
 #include "cross_entropy.h"
 #include "layer_norm.h"
+#include "recurrent.h"
 #include "softmax.h"
 
 namespace fastseq {
@@ -12,6 +13,7 @@ struct InstructionSet {
   const LayerNormCpu* layer_norm;
   const CrossEntropyCpu* cross_entropy;
   const SoftmaxCpu* softmax;
+  const RecurrentCpu* recurrent;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

@@ -3,4 +3,6 @@
 from . import cross_entropy as cross_entropy
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy
+from . import recurrent as recurrent
+from . import recurrent_cell as recurrent_cell
 from . import softmax as softmax

@@ -9,7 +9,7 @@ from importlib import import_module
 from .errors import BOUND, MismatchError, assert_as_good_as_torch, error_ratio
 from .operators import Case, Operator, Problem, Yardstick, make_problem, measure_torch, run
 
-FAMILIES = ("cross_entropy", "layer_norm", "softmax")
+FAMILIES = ("cross_entropy", "layer_norm", "recurrent", "softmax")
 
 #: Every operator by name.
 OPERATORS: dict[str, Operator] = {

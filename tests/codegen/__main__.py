@@ -23,7 +23,7 @@ import triton  # noqa: E402
 
 from benchmarks._ptx import ARCHITECTURES, measure  # noqa: E402
 
-FAMILIES = ("cross_entropy", "layer_norm", "softmax")
+FAMILIES = ("cross_entropy", "layer_norm", "recurrent", "softmax")
 
 #: What recorded/<family>.json holds of every kernel, by Triton's version.
 FIGURES = ("registers", "local_accesses", "wide_loads", "wide_stores")
