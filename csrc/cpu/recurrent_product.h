@@ -45,30 +45,42 @@ struct Shape {
   }
 };
 
+template <class T, class M>
+inline T number(M x) {
+  if constexpr (sizeof(M) == 2)
+    return to_float(x);
+  else
+    return x;
+}
+
 // A tile is one vector row of what the sums start from (the bias), then depth rows of weights;
-// 0 where there are no more units. Element (n, k) of the weight is at n * stride_n + k * stride_k.
+// 0 where there are no more units. Element (n, k) of the weight is at n * stride_n + k * stride_k,
+// of which one is 1. 64 rows of the target stay in L1 while they are filled, by whole lines of the
+// source.
 template <class T, class M>
 void pack(const Shape<T>& shape, const M* weight, int64_t stride_n, int64_t stride_k, const M* bias,
           T* packed) {
   const int width = shape.vectors() * lanes<T>;
   for (int64_t tile = 0; tile < shape.tiles; ++tile, packed += shape.tile_elements()) {
     for (int v = 0; v < shape.vectors(); ++v) {
-      const int64_t first = (tile * shape.units + v % shape.units) * lanes<T>;
-      for (int lane = 0; lane < lanes<T>; ++lane) {
-        const int64_t unit = first + lane, n = v / shape.units * shape.size + unit;
-        const bool exists = unit < shape.size;
-        T* target = packed + v * lanes<T> + lane;
-        const auto number = [](M x) {
-          if constexpr (sizeof(M) == 2)
-            return to_float(x);
-          else
-            return x;
-        };
-        *target = exists && bias != nullptr ? number(bias[n]) : T(0);
-        const M* source = weight + n * stride_n;
-        for (int64_t k = 0; k < shape.depth; ++k) {
-          target += width;
-          *target = exists ? number(source[k * stride_k]) : T(0);
+      const int64_t unit = (tile * shape.units + v % shape.units) * lanes<T>;
+      const int64_t n = v / shape.units * shape.size + unit, left = shape.size - unit;
+      const int64_t count = left < lanes<T> ? left : lanes<T>;
+      T* const target = packed + v * lanes<T>;
+      for (int64_t k = 0; k <= shape.depth && (count < lanes<T> || k == 0); ++k)
+        store(target + k * width, V<T>{});
+      for (int64_t lane = 0; lane < count && bias != nullptr; ++lane)
+        target[lane] = number<T>(bias[n + lane]);
+      for (int64_t begin = 0; begin < shape.depth; begin += 64) {
+        const int64_t end = begin + 64 < shape.depth ? begin + 64 : shape.depth;
+        if (stride_n == 1) {
+          for (int64_t k = begin; k < end; ++k)
+            for (int64_t lane = 0; lane < count; ++lane)
+              target[(k + 1) * width + lane] = number<T>(weight[n + lane + k * stride_k]);
+        } else {
+          for (int64_t lane = 0; lane < count; ++lane)
+            for (int64_t k = begin; k < end; ++k)
+              target[(k + 1) * width + lane] = number<T>(weight[(n + lane) * stride_n + k]);
         }
       }
     }
