@@ -92,11 +92,14 @@ def _store(pointer, start, column, x, mask, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _place(rows, hidden, lengths, time, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _place(
+    rows, hidden, lengths, time, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Rows ``[M]`` in int64, columns and mask of this program's tile, and which rows take part."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = (row < rows)[:, None] & (column < hidden)
+    # Whole vectors exist or do not.
+    mask = (row < rows)[:, None] & tl.max_constancy(column < hidden, (1, VECTOR))
     active = mask
     if lengths is not None:
         active = mask & (time < tl.load(lengths + row, row < rows, 0))[:, None]
@@ -114,7 +117,7 @@ def cell_forward_kernel(
     ``output`` has 0 where ``h_new`` keeps the state; ``operand`` is ``h_new * keep``; ``c_rounded``
     and ``cells`` are ``c_new`` in other dtypes. What is None is not wanted.
     """
-    row, column, mask, active = _place(rows, hidden, lengths, time, BLOCK_M, BLOCK_N)
+    row, column, mask, active = _place(rows, hidden, lengths, time, VECTOR, BLOCK_M, BLOCK_N)
     x_row, one = row * x_stride, row * hidden
     if KIND == _LSTM:
         wide = 4 * one
@@ -221,7 +224,7 @@ def cell_backward_kernel(
     it. With ``CUT`` nothing flows on; the gradient of c is clamped to ``clip`` as it leaves.
     Without ``CARRY`` h' went through a projection first: then ``direct_out`` is the caller's.
     """
-    row, column, mask, active = _place(rows, hidden, lengths, time, BLOCK_M, BLOCK_N)
+    row, column, mask, active = _place(rows, hidden, lengths, time, VECTOR, BLOCK_M, BLOCK_N)
     one = row * hidden
     flow = _flow(product, direct, keep, one, column, mask, VECTOR)
     grad = flow

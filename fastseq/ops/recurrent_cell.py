@@ -71,11 +71,11 @@ def _forward_by_reference(a: Forward) -> Tensors4:
     h_new, cells, saved = reference.cell(a.gates_x, a.gates_h, a.h, c, a.kind)
     if c is None:
         cells = cells.to(compute)
-    empty = a.h.new_empty(0)
+    empty = a.h.new_empty
     return (
         h_new,
         cells.to(a.h.dtype).clone(),
-        *((cells, saved) if a.save else (empty.to(compute), empty)),
+        *((cells, saved.clone()) if a.save else (empty(0, dtype=compute), empty(0))),
     )
 
 
@@ -139,12 +139,11 @@ def _backward_by_reference(a: Backward) -> Tensors4:
         a.cells,
         a.kind,
     )
-    empty = a.h.new_empty(0)
     return (
         gates_x.to(a.h.dtype),
-        gates_h.to(a.h.dtype) if a.kind == "gru" else empty,
+        gates_h.to(a.h.dtype) if a.kind == "gru" else a.h.new_empty(0),
         h.to(a.h.dtype),
-        empty if c is None else c.to(a.h.dtype),
+        a.h.new_empty(0) if c is None else c.to(a.h.dtype),
     )
 
 
