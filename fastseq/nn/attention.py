@@ -219,7 +219,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool
 ) -> Tensor:
     """Attention of ``[batch, heads, length, head_dim]``."""
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal)
+    return functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal)
 
 
 def _attend_with_weights(
