@@ -169,12 +169,12 @@ def test_norms_are_fused_and_watched_ones_are_called(norm_first: bool, name: str
     layer, _ = both(name, SIZE, HEADS, HIDDEN, 0.0, batch_first=True, norm_first=norm_first)
     decoder = name == "TransformerDecoderLayer"
     given = [sequence(TARGET), sequence(SOURCE)] if decoder else [sequence(SOURCE)]
-    with fastseq.use_backend("cpu"), recorded() as decisions:
-        layer(*given)
-    norms = [d for d in decisions if d.op == "_layer_norm_fwd"]
-    assert len(norms) == (3 if decoder else 2)
-    assert all(decision.backend == "cpu" for decision in norms)
-    expected = layer(*given)
+    with recorded() as decisions:
+        expected = layer(*given)
+    # Such small ones go to torch, and that is noted by the function's name.
+    norms = [decision.op for decision in decisions if "norm" in decision.op]
+    fused = (3 if decoder else 2) - norm_first
+    assert norms == ["layer_norm"] * norm_first + ["add_layer_norm"] * fused
     seen: list[Tensor] = []
     layer.norm2.register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(layer(*given), expected)

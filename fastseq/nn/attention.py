@@ -20,7 +20,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     What differs: a query whose keys are all masked out attends to nothing and gives 0 (the output
     projection's bias) with a zero gradient in every mode, where torch gives NaN in some; and there
     is no other path in eval. Queries, keys and values go to the kernel as the projections leave
-    them, without copies; boolean masks stay boolean.
+    them, without copies; boolean masks stay boolean. Without ``need_weights`` dropout may draw its
+    mask by our generator: the same seed drops other weights than torch's.
     """
 
     def forward(
@@ -226,8 +227,10 @@ def _attend_with_weights(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """The same, and the weights ``[batch, heads, queries, keys]``, after dropout as torch's."""
-    scores = query @ key.mT
     scale = 1.0 / math.sqrt(query.shape[-1])
-    weights = functional.masked_softmax(scores, mask, scale=scale)
-    weights = F.dropout(weights, dropout_p)
+    if mask is None:
+        weights = functional.softmax((query * scale) @ key.mT, -1)
+    else:
+        weights = functional.masked_softmax(query @ key.mT, mask, scale=scale)
+    weights = F.dropout(weights, dropout_p) if dropout_p else weights
     return weights.to(value.dtype) @ value, weights
