@@ -47,7 +47,11 @@ def test_cpu_kernels(name: str, dtype: torch.dtype) -> None:
     expect_pass(name, "cpu", dtype, list(OPERATORS[name].cases))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [*DTYPES[:2], pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_kernels_interpreted(name: str, dtype: torch.dtype) -> None:
     expect_pass(name, "triton", dtype, [case for case in OPERATORS[name].cases if case.tiny])

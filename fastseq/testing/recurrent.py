@@ -351,14 +351,14 @@ def _cases(kind: str) -> tuple[Case, ...]:
     gated = kind in ("lstm", "gru")
     common = (
         _case("odd", kind, 3, 3, 5, 33, dtypes=_WIDE, quick=True, tiny=True),
-        _case("wide", kind, 2, 17, 7, 129, quick=True, tiny=True),
+        _case("wide", kind, 2, 17, 7, 129, quick=True),
         _case("stack", kind, 3, 6, 4, 20, layers=2, bidirectional=True, dtypes=_WIDE, quick=True),
         _case("both ways", kind, 2, 9, 12, 64, bidirectional=True, quick=True, tiny=True),
-        _case("no bias, no states", kind, 3, 9, 8, 40, bias=False, initial=False, tiny=True),
+        _case("no bias, no states", kind, 3, 9, 8, 40, bias=False, initial=False),
         _case("lengths", kind, 3, 9, 8, 40, lengths=ragged, quick=True, tiny=True),
         _case("lengths, both ways", kind, 3, 9, 8, 40, lengths=ragged, bidirectional=True),
         _case("NaN in the padding", kind, 3, 9, 8, 40, lengths=ragged, values="padded", quick=True),
-        _case("saturated", kind, 3, 16, 4, 32, values="saturated", dtypes=_WIDE[:1], tiny=True),
+        _case("saturated", kind, 3, 16, 4, 32, values="saturated", dtypes=_WIDE[:1]),
         _case("time-major input", kind, 4, 9, 6, 48, transposed=True),
         _case("batch of 70", kind, 4, 70, 8, 20, dtypes=_WIDE),
         _case("64 steps", kind, 64, 4, 16, 48, dtypes=_WIDE),
@@ -374,7 +374,7 @@ def _cases(kind: str) -> tuple[Case, ...]:
         _case("layer norm", kind, 2, 33, 16, 129, norm=True, dtypes=_WIDE, quick=True),
         _case("layer norm, lengths", kind, 3, 17, 16, 64, norm=True, lengths=ragged, dtypes=_WIDE),
         _case("zoneout", kind, 3, 9, 8, 40, zoneout=0.3, dtypes=_WIDE),
-        _case("truncated", kind, 5, 9, 8, 40, bptt=2, dtypes=_WIDE, tiny=True),
+        _case("truncated", kind, 5, 9, 8, 40, bptt=2, dtypes=_WIDE),
         _case("all states", kind, 3, 9, 8, 40, return_all_states=True, dtypes=_WIDE, tiny=True),
     )
 
@@ -383,7 +383,7 @@ _PROJECTED = (
     _case("projection", "lstm", 3, 9, 8, 65, projection=17, quick=True, tiny=True),
     _case(
         "projection, stack", "lstm", 3, 9, 8, 40, projection=20, layers=2, bidirectional=True,
-        lengths=(3, 0, 1, 2), dtypes=_WIDE, tiny=True,
+        lengths=(3, 0, 1, 2), dtypes=_WIDE,
     ),
 )  # fmt: skip
 
@@ -393,7 +393,7 @@ def _cell_cases(kind: str) -> tuple[Case, ...]:
         return (_case("relu", kind, 17, 40, 129, dtypes=_WIDE, quick=True, tiny=True),)
     return (
         _case("odd", kind, 3, 5, 33, quick=True, tiny=True),
-        _case("wide", kind, 17, 40, 129, tiny=True),
+        _case("wide", kind, 17, 40, 129),
         _case("no bias", kind, 5, 4, 64, bias=False, quick=True, tiny=True),
         _case("saturated", kind, 16, 4, 32, values="saturated", dtypes=_WIDE[:1], tiny=True),
         _case("no rows", kind, 0, 4, 8, tiny=True),
