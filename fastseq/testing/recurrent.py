@@ -394,7 +394,7 @@ def _cases(kind: str) -> tuple[Case, ...]:
     return (
         *common,
         _case("layer norm", kind, 2, 33, 16, 129, norm=True, dtypes=_WIDE, quick=True),
-        _case("layer norm, lengths", kind, 3, 17, 16, 64, norm=True, lengths=ragged, dtypes=_WIDE),
+        _case("layer norm, lengths", kind, 3, 24, 16, 96, norm=True, lengths=ragged, dtypes=_WIDE),
         _case("zoneout", kind, 3, 9, 8, 40, zoneout=0.3, dtypes=_WIDE),
         _case("truncated", kind, 5, 9, 8, 40, bptt=2, dtypes=_WIDE),
         _case("all states", kind, 3, 9, 8, 40, return_all_states=True, dtypes=_WIDE, tiny=True),
