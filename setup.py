@@ -36,8 +36,6 @@ if platform.machine() == "x86_64":
     AVX512 += ["-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
-# No fusing of products and sums where the compiler likes, which is not the same in every loop and
-# would make a row's result depend on its batch: these files say fma() where they want one.
 # csrc/cpu/<family>.cpp
 CPU_KERNELS = [
     "layer_norm",
@@ -46,7 +44,10 @@ CPU_KERNELS = [
     "additive_attention",
     "rotary_embedding",
     "attention",
+    "recurrent",
 ]
+# No fusing of products and sums where the compiler likes, which is not the same in every loop and
+# would make a row's result depend on its batch: these files say fma() where they want one.
 EXACT = {*CPU_KERNELS} - {"recurrent"}
 CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
 

@@ -5,6 +5,7 @@
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/layer_norm.h"
+#include "bindings/recurrent.h"
 #include "bindings/rotary_embedding.h"
 #include "bindings/softmax.h"
 
@@ -76,6 +77,25 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "additive_attention_gradients(Tensor grad_scores, Tensor query, Tensor key, Tensor weight) "
       "-> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_forward(Tensor gates_x, Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? bias_hh, "
+      "Tensor? weight_hr, Tensor? norm_hh, Tensor? norm_c, Tensor? bias_c, Tensor? lengths, "
+      "Tensor? seed, Tensor? keep, int cell, bool reverse, float zoneout_h, float zoneout_c, "
+      "int threshold_h, int threshold_c, float eps, bool save) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_backward(Tensor gates, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor? grad_cells, Tensor output, Tensor cells, Tensor normalized, Tensor statistics, "
+      "Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? weight_hr, Tensor? norm_hh, "
+      "Tensor? norm_c, Tensor? bias_c, Tensor? lengths, Tensor? seed, Tensor? keep, int cell, "
+      "bool reverse, float zoneout_h, float zoneout_c, int threshold_h, int threshold_c, int bptt, "
+      "float grad_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_forward(Tensor gates_x, Tensor gates_h, Tensor h, Tensor? c, int cell, "
+      "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_backward(Tensor saved, Tensor? grad_h, Tensor? grad_c, Tensor cells, "
+      "Tensor h, Tensor? c, int cell) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
@@ -98,6 +118,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("rotary_embedding", TORCH_BOX(&fastseq::rotary_embedding_cpu));
   m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
+  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cpu));
+  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward_cpu));
+  m.impl("recurrent_cell_forward", TORCH_BOX(&fastseq::recurrent_cell_forward_cpu));
+  m.impl("recurrent_cell_backward", TORCH_BOX(&fastseq::recurrent_cell_backward_cpu));
 }
 
 #ifdef FASTSEQ_CUDA

@@ -210,7 +210,7 @@ def test_demo_writes_picture_numbers_and_table(small, tmp_path, capsys):
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     text = capsys.readouterr().out
-    for part in ("3 LayerNorm", "1 MultiheadAttention", "1 LSTM", "CharGPT", "memory", "writes:"):
+    for part in ("3 LayerNorm", "MultiheadAttention", "1 GRU", "CharGPT", "memory", "writes:"):
         assert part in text
     assert "FAILED" not in text
 
@@ -219,15 +219,15 @@ def test_demo_writes_picture_numbers_and_table(small, tmp_path, capsys):
     gpt, recurrent = report["models"]
     assert gpt["swapped"] == {"LayerNorm": 3, "MultiheadAttention": 1}
     assert gpt["kept"] == {"Embedding": 2, "Linear": 3, "GELU": 1}
-    assert recurrent["swapped"] == {"LayerNorm": 1}
-    assert recurrent["kept"] == {"Embedding": 1, "LSTM": 1, "Linear": 1}
+    assert recurrent["swapped"] == {"GRU": 1, "LayerNorm": 1}
+    assert recurrent["kept"] == {"Embedding": 1, "Linear": 1}
     for model in (gpt, recurrent):
         assert model["steps"] == 12
         assert model["agrees"]
         assert model["threads"] == 1
-        attention = {"attention", "scaled_dot_product_attention"}
         served = {name.split()[0] for name in model["kernels"]}
-        assert served <= ({"layer_norm", *attention} if model is gpt else {"layer_norm"}), served
+        ours = {"layer_norm", "recurrent", "attention", "scaled_dot_product_attention"}
+        assert served <= ours, served
         assert model["kernels"]
         for variant in ("torch", "fastseq", "yardstick"):
             assert len(model["losses"][variant]) == len(model["step_ms"][variant]) == 12

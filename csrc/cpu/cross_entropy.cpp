@@ -16,10 +16,10 @@
 #include "exp.h"
 #include "rows.h"
 #include "scratch.h"
+#include "tanh.h"
 
 extern "C" double exp(double);
 extern "C" double log(double);
-extern "C" double tanh(double);
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
@@ -29,26 +29,6 @@ constexpr double kInfinity = __builtin_huge_val();
 enum class Smoothing { none, plain, weighted };
 
 // ---- softcap ------------------------------------------------------------------------------------
-
-// tanh(x) = x + x^3 q(x^2) below 0.6, where 1 - 2 / (e^2x + 1) would lose digits; that above.
-inline F32x hyperbolic_tangent(F32x x) {
-  const F32x square = x * x;
-  // Chebyshev's fit of (tanh(x) - x) / x^3: 6e-9 off at most.
-  F32x q = fma(square, splat(0x1.296eeep-9f), splat(-0x1.10b97ep-7f));
-  q = fma(q, square, splat(0x1.648e10p-6f));
-  q = fma(q, square, splat(-0x1.ba070ep-5f));
-  q = fma(q, square, splat(0x1.1110e4p-3f));
-  q = fma(q, square, splat(-0x1.555556p-2f));
-  const F32x small = fma(x * square, q, x);
-  const F32x magnitude = x < 0 ? -x : x;
-  const F32x tail = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
-  return magnitude < 0.6f ? small : x < 0 ? -tail : tail;
-}
-
-inline F64x hyperbolic_tangent(F64x x) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = ::tanh(x[i]);
-  return x;
-}
 
 // What stands between the logits in memory and the numbers whose softmax is taken.
 template <class T>
@@ -60,7 +40,7 @@ struct Cap {
 
 template <bool Capped, class T>
 inline V<T> capped(V<T> x, const Cap<T>& cap) {
-  if constexpr (Capped) return hyperbolic_tangent(x * cap.inverse) * cap.cap;
+  if constexpr (Capped) return tanh(x * cap.inverse) * cap.cap;
   return x;
 }
 
@@ -311,7 +291,7 @@ void backward_row(const CrossEntropyBackward& args, int64_t row, const T* weight
   const auto gradient = [&, top, log_sum, coefficient](V<T> v, int64_t i, int64_t count, V<T> hit) {
     V<T> z = v, slope = {};
     if constexpr (Capped) {
-      const V<T> t = hyperbolic_tangent(v * cap.inverse);
+      const V<T> t = tanh(v * cap.inverse);
       z = t * cap.cap;
       slope = T(1) - t * t;
     }

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
+#include "recurrent.h"
 #include "rotary_embedding.h"
 #include "softmax.h"
 
@@ -18,6 +19,7 @@ struct InstructionSet {
   const AdditiveAttentionCpu* additive_attention;
   const RotaryEmbeddingCpu* rotary_embedding;
   const AttentionCpu* attention;
+  const RecurrentCpu* recurrent;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

@@ -60,24 +60,24 @@ class Block(nn.Module):
 
 
 class RecurrentLM(nn.Module):
-    """A recurrent language model: embedding, stacked LSTM, layer norm, linear.
+    """A recurrent language model: embedding, stacked GRU, layer norm, linear.
 
     Args:
         vocabulary: how many characters there are.
         width: size of embedding and hidden state.
-        depth: LSTM layers.
+        depth: GRU layers.
     """
 
     def __init__(self, vocabulary: int, width: int, depth: int) -> None:
         super().__init__()
         self.characters = nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(width, width, num_layers=depth, batch_first=True)
+        self.gru = nn.GRU(width, width, num_layers=depth, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[batch, length]`` characters to ``[batch, length, vocabulary]`` logits of the next."""
-        hidden, _ = self.lstm(self.characters(tokens))
+        hidden, _ = self.gru(self.characters(tokens))
         logits: Tensor = self.head(self.norm(hidden))
         return logits
 

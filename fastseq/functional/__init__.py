@@ -6,6 +6,8 @@ from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .recurrent import gru, lstm, rnn
+from .recurrent_cell import gru_cell, lstm_cell, rnn_cell
 from .rotary_embedding import rotary_embedding
 from .sample import sample
 from .softmax import log_softmax, masked_softmax, softmax
@@ -17,11 +19,17 @@ __all__ = [
     "attention",
     "attention_weights",
     "cross_entropy",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
+    "lstm",
+    "lstm_cell",
     "masked_softmax",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "rotary_embedding",
     "sample",
     "scaled_dot_product_attention",

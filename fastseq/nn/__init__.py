@@ -12,6 +12,16 @@ from .positional import (
     SinusoidalPositionalEncoding,
     TokenPositionEmbedding,
 )
+from .recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LayerNormGRU,
+    LayerNormLSTM,
+    LSTMCell,
+    RNNCell,
+)
 from .softmax import LogSoftmax, Softmax
 from .transformer import (
     Transformer,
@@ -24,10 +34,16 @@ from .transformer import (
 #: torch's class -> ours, for ``fastseq.accelerate``: direct subclasses without state of their own.
 DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.CrossEntropyLoss: CrossEntropyLoss,
+    torch.nn.GRU: GRU,
+    torch.nn.GRUCell: GRUCell,
+    torch.nn.LSTM: LSTM,
+    torch.nn.LSTMCell: LSTMCell,
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.LogSoftmax: LogSoftmax,
     torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.RMSNorm: RMSNorm,
+    torch.nn.RNN: RNN,
+    torch.nn.RNNCell: RNNCell,
     torch.nn.Softmax: Softmax,
     torch.nn.Transformer: Transformer,
     torch.nn.TransformerDecoder: TransformerDecoder,
@@ -37,15 +53,23 @@ DROP_IN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AddLayerNorm",
     "AddRMSNorm",
     "AdditiveAttention",
     "CrossEntropyLoss",
+    "GRUCell",
+    "LSTMCell",
     "LayerNorm",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "LearnedPositionalEncoding",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
+    "RNNCell",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",

@@ -5,6 +5,8 @@ from . import attention as attention
 from . import cross_entropy as cross_entropy
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy
+from . import recurrent as recurrent
+from . import recurrent_cell as recurrent_cell
 from . import rotary_embedding as rotary_embedding
 from . import sample as sample
 from . import softmax as softmax

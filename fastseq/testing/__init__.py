@@ -14,6 +14,7 @@ FAMILIES = (
     "attention",
     "cross_entropy",
     "layer_norm",
+    "recurrent",
     "rotary_embedding",
     "softmax",
 )

@@ -1,0 +1,226 @@
+// The ops of the recurrent family: outputs allocated, the problem filled in, a kernel launched.
+#pragma once
+
+#include "../cpu/instruction_set.h"
+#include "common.h"
+
+namespace fastseq {
+namespace {
+
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+const void* data_of(const MaybeTensor& tensor) {
+  return tensor && tensor->numel() > 0 ? tensor->data_ptr() : nullptr;
+}
+
+void* output_of(const Tensor& tensor) { return tensor.numel() > 0 ? tensor.data_ptr() : nullptr; }
+
+// [T, B, n] whose n are contiguous.
+Steps steps_of(const MaybeTensor& tensor) {
+  Steps steps;
+  if (!tensor || tensor->numel() == 0) return steps;
+  STD_TORCH_CHECK(tensor->dim() == 3 && (tensor->size(2) == 1 || tensor->stride(2) == 1),
+                  "steps come as [T, B, n] with contiguous n");
+  steps.data = tensor->data_ptr();
+  steps.stride_t = tensor->stride(0);
+  steps.stride_b = tensor->stride(1);
+  return steps;
+}
+
+// What both directions of a layer have in common; threshold and probability of zoneout for h and c.
+void fill(Recurrent& problem, int64_t cell, int64_t steps, const Tensor& h0, const MaybeTensor& c0,
+          int64_t hidden, const MaybeTensor& weight_hh, const MaybeTensor& bias_hh,
+          const MaybeTensor& weight_hr, const MaybeTensor& norm_hh, const MaybeTensor& norm_c,
+          const MaybeTensor& bias_c, const MaybeTensor& lengths, const MaybeTensor& seed,
+          const MaybeTensor& keep, bool reverse, double zoneout_h, double zoneout_c,
+          int64_t threshold_h, int64_t threshold_c) {
+  problem.cell = static_cast<Cell>(cell);
+  problem.dtype = dtype_of(h0);
+  problem.steps = steps;
+  problem.batch = h0.size(0);
+  problem.hidden = hidden;
+  problem.state = h0.size(1);
+  problem.reverse = reverse;
+  problem.h0 = h0.data_ptr();
+  problem.c0 = data_of(c0);
+  problem.weight_hh = data_of(weight_hh);
+  problem.bias_hh = data_of(bias_hh);
+  problem.weight_hr = data_of(weight_hr);
+  problem.norm_hh = data_of(norm_hh);
+  problem.norm_c = data_of(norm_c);
+  problem.bias_c = data_of(bias_c);
+  problem.lengths = static_cast<const int64_t*>(data_of(lengths));
+  problem.seed = static_cast<const int64_t*>(data_of(seed));
+  problem.keep = data_of(keep);
+  problem.zoneout_h = zoneout_h;
+  problem.zoneout_c = zoneout_c;
+  problem.threshold_h = static_cast<uint32_t>(threshold_h);
+  problem.threshold_c = static_cast<uint32_t>(threshold_c);
+}
+
+// Packs the weights, if there are any, and runs kernel(begin, end) over ranges of rows.
+template <class Kernel>
+void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Kernel kernel) {
+  const RecurrentCpu& kernels = *instruction_set().recurrent;
+  const int64_t gates = gates_of(problem.cell) * problem.hidden;
+  int64_t work = 16 * gates;  // of a row
+  MaybeTensor packed;
+  if (problem.weight_hh != nullptr) {
+    packed = empty({kernels.packed_bytes(problem, backward) + 64}, ScalarType::Char, like);
+    const auto address = reinterpret_cast<uintptr_t>(packed->data_ptr());
+    problem.packed = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    kernels.pack(problem, backward);
+    work = problem.steps * gates * problem.state;
+  }
+  parallel(problem.batch, 1 + 65536 / work, kernel);
+}
+
+Tensors7 recurrent_forward_cpu(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
+                               MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
+                               MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
+                               MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
+                               double zoneout_h, double zoneout_c, int64_t threshold_h,
+                               int64_t threshold_c, double eps, bool save) {
+  RecurrentForward problem;
+  const int64_t steps = gates_x.size(0), batch = gates_x.size(1);
+  const int64_t hidden = gates_x.size(2) / gates_of(static_cast<Cell>(cell)), state = h0.size(1);
+  const bool lstm = static_cast<Cell>(cell) == Cell::lstm, norm = norm_hh.has_value();
+  const ScalarType dtype = h0.scalar_type(), compute = statistics_type(h0);
+  const std::vector<int64_t> none{0};
+  const auto saved = [&](bool present, int64_t size, ScalarType type) {
+    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, type, h0);
+  };
+  const Tensor output = saved(true, state, dtype);
+  const Tensor h_n = empty({batch, state}, dtype, h0);
+  const Tensor c_n = empty(lstm ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
+  const Tensor cells = saved(lstm && save, hidden, compute);
+  const Tensor gates = saved(save, saved_of(static_cast<Cell>(cell)) * hidden, dtype);
+  const Tensor normalized = saved(save && norm, gates_x.size(2), dtype);
+  const Tensor statistics = saved(save && norm, 3, compute);
+  fill(problem, cell, steps, h0, c0, hidden, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
+       lengths, seed, keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
+  problem.eps = eps;
+  problem.gates_x = steps_of(gates_x);
+  problem.output = output_of(output);
+  problem.h_n = output_of(h_n);
+  problem.c_n = output_of(c_n);
+  problem.cells = output_of(cells);
+  problem.gates = output_of(gates);
+  problem.normalized = output_of(normalized);
+  problem.statistics = output_of(statistics);
+  run_recurrent(problem, false, h0, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->forward(problem, begin, end);
+  });
+  return {output, h_n, c_n, cells, gates, normalized, statistics};
+}
+
+Tensors6 recurrent_backward_cpu(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
+                                MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
+                                Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
+                                MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
+                                MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
+                                MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
+                                int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
+                                int64_t threshold_h, int64_t threshold_c, int64_t bptt,
+                                double grad_clip) {
+  RecurrentBackward problem;
+  const Cell kind = static_cast<Cell>(cell);
+  const int64_t steps = gates.size(0), batch = gates.size(1), state = h0.size(1);
+  const int64_t hidden = gates.size(2) / saved_of(kind), width = gates_of(kind) * hidden;
+  const bool norm = norm_hh.has_value();
+  const ScalarType dtype = h0.scalar_type();
+  const std::vector<int64_t> none{0};
+  const auto made = [&](bool present, int64_t size) {
+    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, dtype, h0);
+  };
+  const Tensor grad_gates_x = made(true, width);
+  const Tensor grad_gates_h = made(norm || kind == Cell::gru, width);
+  const Tensor grad_h0 = empty({batch, state}, dtype, h0);
+  const Tensor grad_c0 = empty(c0 ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
+  const Tensor grad_projected = made(weight_hr.has_value(), state);
+  const Tensor grad_rows = empty(norm ? std::vector<int64_t>{batch, 2 * (width + hidden)} : none,
+                                 statistics_type(h0), h0);
+  fill(problem, cell, steps, h0, c0, hidden, weight_hh, std::nullopt, weight_hr, norm_hh, norm_c,
+       bias_c, lengths, seed, keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
+  problem.grad_output = steps_of(grad_output);
+  problem.grad_h_n = data_of(grad_h_n);
+  problem.grad_c_n = data_of(grad_c_n);
+  problem.grad_cells = steps_of(grad_cells);
+  problem.output = output.data_ptr();
+  problem.gates = gates.data_ptr();
+  problem.cells = data_of(cells);
+  problem.normalized = data_of(normalized);
+  problem.statistics = data_of(statistics);
+  problem.bptt = bptt;
+  problem.grad_clip = grad_clip;
+  problem.grad_gates_x = output_of(grad_gates_x);
+  problem.grad_gates_h = output_of(grad_gates_h);
+  problem.grad_h0 = output_of(grad_h0);
+  problem.grad_c0 = output_of(grad_c0);
+  problem.grad_projected = output_of(grad_projected);
+  problem.grad_rows = output_of(grad_rows);
+  run_recurrent(problem, true, h0, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->backward(problem, begin, end);
+  });
+  return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
+}
+
+// ---- one step, from both halves of the gates ----------------------------------------------------
+
+Tensors4 recurrent_cell_forward_cpu(Tensor gates_x, Tensor gates_h, Tensor h, MaybeTensor c,
+                                    int64_t cell, bool save) {
+  RecurrentForward problem;
+  const Cell kind = static_cast<Cell>(cell);
+  const int64_t batch = h.size(0), hidden = h.size(1);
+  const std::vector<int64_t> none{0}, sizes{batch, hidden};
+  const Tensor h_new = empty(sizes, h.scalar_type(), h);
+  const Tensor c_new = empty(c ? sizes : none, h.scalar_type(), h);
+  const Tensor cells = empty(c && save ? sizes : none, statistics_type(h), h);
+  const Tensor saved =
+      empty(save ? std::vector<int64_t>{batch, saved_of(kind) * hidden} : none, h.scalar_type(), h);
+  // What the kernel stores as h_n is its output: there is but one step.
+  const Tensor output = empty(sizes, h.scalar_type(), h);
+  fill(problem, cell, 1, h, c, hidden, {}, {}, {}, {}, {}, {}, {}, {}, {}, false, 0, 0, 0, 0);
+  problem.gates_x = {gates_x.data_ptr(), 0, gates_x.stride(0)};
+  problem.gates_h = gates_h.data_ptr();
+  problem.output = output_of(output);
+  problem.h_n = output_of(h_new);
+  problem.c_n = output_of(c_new);
+  problem.cells = output_of(cells);
+  problem.gates = output_of(saved);
+  run_recurrent(problem, false, h, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->forward(problem, begin, end);
+  });
+  return {h_new, c_new, cells, saved};
+}
+
+Tensors4 recurrent_cell_backward_cpu(Tensor saved, MaybeTensor grad_h, MaybeTensor grad_c,
+                                     Tensor cells, Tensor h, MaybeTensor c, int64_t cell) {
+  RecurrentBackward problem;
+  const Cell kind = static_cast<Cell>(cell);
+  const int64_t batch = h.size(0), hidden = h.size(1), width = gates_of(kind) * hidden;
+  const std::vector<int64_t> none{0}, gate_sizes{batch, width};
+  const ScalarType dtype = h.scalar_type();
+  const Tensor grad_gates_x = empty(gate_sizes, dtype, h);
+  const Tensor grad_gates_h = empty(kind == Cell::gru ? gate_sizes : none, dtype, h);
+  const Tensor grad_h_old = empty({batch, hidden}, dtype, h);
+  const Tensor grad_c_old = empty(c ? std::vector<int64_t>{batch, hidden} : none, dtype, h);
+  fill(problem, cell, 1, h, c, hidden, {}, {}, {}, {}, {}, {}, {}, {}, {}, false, 0, 0, 0, 0);
+  problem.grad_h_n = data_of(grad_h);
+  problem.grad_c_n = data_of(grad_c);
+  problem.gates = saved.data_ptr();
+  problem.cells = data_of(cells);
+  problem.grad_gates_x = output_of(grad_gates_x);
+  problem.grad_gates_h = output_of(grad_gates_h);
+  problem.grad_h0 = output_of(grad_h_old);
+  problem.grad_c0 = output_of(grad_c_old);
+  run_recurrent(problem, true, h, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->backward(problem, begin, end);
+  });
+  return {grad_gates_x, grad_gates_h, grad_h_old, grad_c_old};
+}
+
+}  // namespace
+}  // namespace fastseq

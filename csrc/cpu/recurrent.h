@@ -1,0 +1,33 @@
+// The CPU kernels of the recurrent family, one set per instruction set. They do no threading of
+// their own: the caller packs the weights and hands out ranges of rows of the batch, each of which
+// runs through all steps by itself. Results do not depend on how the ranges were cut.
+#pragma once
+
+#include "../recurrent.h"
+
+namespace fastseq {
+
+struct RecurrentCpu {
+  // Bytes that Recurrent::packed needs for the forward or the backward.
+  int64_t (*packed_bytes)(const Recurrent& args, bool backward);
+  void (*pack)(const Recurrent& args, bool backward);
+  void (*forward)(const RecurrentForward& args, int64_t begin, int64_t end);
+  void (*backward)(const RecurrentBackward& args, int64_t begin, int64_t end);
+};
+
+#if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const RecurrentCpu recurrent;
+}
+namespace avx512 {
+extern const RecurrentCpu recurrent;
+}
+namespace avx2 {
+extern const RecurrentCpu recurrent;
+}
+#endif
+namespace generic {
+extern const RecurrentCpu recurrent;
+}
+
+}  // namespace fastseq
