@@ -86,9 +86,12 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @cache
 def kv_launch(
-    block_d: int, block_dv: int, element_size: int, planes: bool, architecture: int
+    block_d: int, block_dv: int, element_size: int, rich: bool, architecture: int
 ) -> Launch:
-    """The tile of the kv kernel: block_n keys stay, block_m queries come by."""
+    """The tile of the kv kernel: block_n keys stay, block_m queries come by.
+
+    ``rich``: there is a bias or a mask to load, or a third loop for a window's end.
+    """
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
     width = max(block_d, block_dv)
@@ -96,14 +99,21 @@ def kv_launch(
         launch = Launch(32, 32, 8, 1) if width <= 128 else Launch(16, 32, 8, 1)
     elif width <= 64:
         # A warp group has 64 keys: scores and dp of 64 x 64 (32 registers a thread each), dk and dv
-        # of 64 x 64 (32 each). With a plane, or elsewhere than on Hopper, half the scores.
-        launch = Launch(64 if architecture == 90 and not planes else 32, 128, 8, 3)
+        # of 64 x 64 (32 each). Where more is to be held, or elsewhere than on Hopper, half the
+        # scores.
+        if architecture == 90:
+            launch = Launch(32 if rich else 64, 128, 8, 3)
+        else:
+            launch = Launch(32, 64 if rich else 128, 8, 3)
     elif width <= 128:
         # dk and dv take 64 registers each; 64 queries at a time would spill in the loop.
-        launch = Launch(32, 128, 8, 3) if architecture == 90 else Launch(32, 64, 8, 2)
+        if architecture == 90:
+            launch = Launch(32, 64 if rich else 128, 8, 3)
+        else:
+            launch = Launch(32, 64 if architecture < 90 else 32, 8, 2)
     else:
-        # 64 registers for each of dk and dv at 64 keys; Blackwell's products do not fit beside.
-        launch = Launch(16, 64, 8, 2) if architecture <= 90 else Launch(32, 32, 8, 2)
+        # 64 registers for each of dk and dv at 64 keys; only Hopper's products fit beside them.
+        launch = Launch(16, 64, 8, 2) if architecture == 90 else Launch(32, 32, 8, 2)
     return fitted(
         launch,
         launch.block_n * (block_d + block_dv) * element_size,
@@ -559,7 +569,8 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
         )
 
     architecture = device_of(query).architecture
-    launch = kv_launch(block_d, block_dv, query.element_size(), has_planes(a), architecture)
+    rich = has_planes(a) or a.window_left >= 0
+    launch = kv_launch(block_d, block_dv, query.element_size(), rich, architecture)
     with on_device(query):
         run(launch, careful=False)
         if hides(a):

@@ -29,7 +29,7 @@ from .attention_tiles import (
     tile_gradients,
     tile_weights,
 )
-from .common import INTERPRETED, ceil_div, dot, kernel, on_device, row_key
+from .common import INTERPRETED, ceil_div, device_of, dot, kernel, on_device, row_key
 
 
 @kernel
@@ -179,7 +179,10 @@ def backward(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
     query, key, value, grad_output = a.query, a.key, a.value, a.grad_output
     batch, heads, queries, d = query.shape
     key_heads, keys, dv = value.shape[1:]
-    block = 16 if INTERPRETED or query.element_size() == 4 else 64
+    # Four operands of 64 x 128 fit where products read them from shared memory, as Hopper's do.
+    block = 64 if device_of(query).architecture >= 90 else 32
+    if INTERPRETED or query.element_size() == 4:
+        block = 16
     over = [one == 1 for one in grad_bias.shape]
     tiles_m = 1 if over[2] else ceil_div(queries, block)
     tiles_n = 1 if over[3] else ceil_div(keys, block)
@@ -210,7 +213,7 @@ def backward(a: Any, statistics: Statistics, grad_bias: Tensor) -> None:
             OVER_HEADS=over[1],
             OVER_ROWS=over[2],
             OVER_COLUMNS=over[3],
-            num_warps=4,
+            num_warps=8,
             num_stages=1,
             **terms_of(a),
         )

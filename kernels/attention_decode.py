@@ -210,7 +210,10 @@ def chunk_launch(block_r: int, block_d: int, block_dv: int, size: int, architect
     """
     if INTERPRETED:
         return Launch(block_r, 16, 4, 1)
-    launch = Launch(block_r, 64 if max(block_d, block_dv) <= 128 else 32, 4, 3)
+    if size == 4:  # products by FMA hold their operands in registers
+        launch = Launch(block_r, 32, 8, 3)
+    else:
+        launch = Launch(block_r, 64 if max(block_d, block_dv) <= 128 else 32, 4, 3)
     staged = launch.block_n * (block_d + block_dv) * size
     return fitted(
         launch, block_r * block_d * size, 2 * staged if size == 4 else staged, architecture

@@ -68,7 +68,7 @@ def careful_launch(width: int) -> Launch:
     """The tile of a careful run, which is never in a hurry and holds every sum twice."""
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
-    return Launch(64 if width <= 128 else 32, 16, 8, 1)
+    return Launch(64 if width <= 64 else 32, 16, 8, 1)
 
 
 # --- device --------------------------------------------------------------------------------------
