@@ -341,7 +341,8 @@ def _torch_is_quicker(
     than those of the library around our loop: ours is at 0.85 to 1.0 of its speed, and ahead for a
     single row only (1.1 to 1.4 in training, 1.1 in inference of 64 units). Everything else torch
     does step by step in its own functions, which ours beats from 4 steps on (RNN: 10; it does
-    least a step).
+    least a step), or from 16 rows on in all where the weights are large (0.5 to 0.7 with 512 units
+    and 4 to 8 rows).
     """
     if current_backend() != "auto" or torch.compiler.is_compiling() or is_transformed():
         return None
@@ -361,6 +362,8 @@ def _torch_is_quicker(
     if steps < (4 if kind in ("lstm", "gru") else 10):
         return "few steps: the call costs more than the kernel saves"
     hidden = params[0].shape[0] // GATES[kind]
+    if hidden >= 256 and steps * batch < 16:
+        return "few steps of large weights: packing them costs more than the kernel saves"
     onednn = kind == "lstm" and not ragged and params[1].shape[1] == hidden and _onednn(data.dtype)
     if onednn and (batch > 1 or not (records or hidden <= 64)):
         return "its LSTM runs on oneDNN, which is ahead of ours here"
