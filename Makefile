@@ -14,11 +14,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 demo: $(VENV)/built
 	$(BIN)/python -m fastseq demo
 
+# Two files at a time, each on one core: a file's tests share what they compiled.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: $(VENV)/built lint
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/built lint
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks --suite cpu
