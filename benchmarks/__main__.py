@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,15 +253,48 @@ def _compare(arguments: list[str]) -> int:
     return 1 if worse else 0
 
 
-def _table(arguments: list[str]) -> int:
+def _table_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks table", description="Print results as Markdown."
+        prog="python -m benchmarks table",
+        description="Print results as Markdown. Or, with --update FILE ..., make a file's tables: "
+        "what stands between <!-- benchmarks: ARGUMENTS --> and <!-- /benchmarks -->, where the "
+        "arguments are this command's.",
     )
     parser.add_argument("results", type=Path)
+    parser.add_argument("families", nargs="*", metavar="family", help="only these")
     parser.add_argument("--provider", default="fastseq")
+    parser.add_argument("--mode", choices=MODES, help="only this mode")
     parser.add_argument("--memory", help="only this allocation or cache policy")
-    options = parser.parse_args(arguments)
-    print(report.markdown(load(options.results), options.provider, policy=options.memory))
+    return parser
+
+
+def _markdown(arguments: list[str]) -> str:
+    options = _table_parser().parse_args(arguments)
+    return report.markdown(
+        load(options.results),
+        options.provider,
+        policy=options.memory,
+        mode=options.mode,
+        families=options.families,
+    )
+
+
+def updated(text: str) -> str:
+    """Markdown with the tables between its marks made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{_markdown(match[2].split())}\n{match[3]}"
+
+    marks = r"(<!-- benchmarks: (.*?) -->)\n.*?(<!-- /benchmarks -->)"
+    return re.sub(marks, table, text, flags=re.DOTALL)
+
+
+def _table(arguments: list[str]) -> int:
+    if arguments[:1] == ["--update"]:
+        for path in map(Path, arguments[1:]):
+            path.write_text(updated(path.read_text()))
+        return 0
+    print(_markdown(arguments))
     return 0
 
 

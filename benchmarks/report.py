@@ -123,7 +123,14 @@ def show_environment(results: Results, console: Console) -> None:
 # --- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown(results: Results, provider: str = "fastseq", *, policy: str | None = None) -> str:
+def markdown(
+    results: Results,
+    provider: str = "fastseq",
+    *,
+    policy: str | None = None,
+    mode: str | None = None,
+    families: Sequence[str] = (),
+) -> str:
     """The speedups over the baseline as Markdown tables, one line an operator and mode.
 
     Operators of the same sizes share a table, whose columns these are; each cell has the dtypes in
@@ -132,7 +139,11 @@ def markdown(results: Results, provider: str = "fastseq", *, policy: str | None 
     rows = [
         row
         for row in results.rows
-        if row.provider == provider and row.speedup is not None and policy in (None, row.policy)
+        if row.provider == provider
+        and row.speedup is not None
+        and policy in (None, row.policy)
+        and mode in (None, row.mode)
+        and (not families or row.family in families)
     ]
     if not rows:
         return f"no results of {provider}"

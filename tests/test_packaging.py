@@ -112,3 +112,14 @@ def test_every_family_has_its_file_in_every_room() -> None:
         assert f"csrc/bindings/{family}.h" in [
             str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.h")
         ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_tables_are_the_committed_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made anew by `python -m benchmarks table --update README.md docs/performance.md`."""
+    from benchmarks.__main__ import updated
+
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / name).read_text()
+    assert "<!-- benchmarks: benchmarks/results/" in text
+    assert updated(text) == text
