@@ -90,8 +90,8 @@ def kv_launch(
 ) -> Launch:
     """The tile of the kv kernel: block_n keys stay, block_m queries come by.
 
-    ``rich``: there is a bias or a mask to load, a third loop for a window's end, or a sequence to be
-    found.
+    ``rich``: there is a bias or a mask to load, a third loop for a window's end, or a packed
+    sequence to be found.
     """
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
