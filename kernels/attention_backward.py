@@ -90,7 +90,8 @@ def kv_launch(
 ) -> Launch:
     """The tile of the kv kernel: block_n keys stay, block_m queries come by.
 
-    ``rich``: there is a bias or a mask to load, or a third loop for a window's end.
+    ``rich``: there is a bias or a mask to load, a third loop for a window's end, or a packed
+    sequence to be found.
     """
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
@@ -104,11 +105,11 @@ def kv_launch(
         if architecture == 90:
             launch = Launch(32 if rich else 64, 128, 8, 3)
         else:
-            launch = Launch(32, 64 if rich else 128, 8, 3)
+            launch = Launch(32, 32, 8, 2) if rich else Launch(32, 128, 8, 3)
     elif width <= 128:
         # dk and dv take 64 registers each; 64 queries at a time would spill in the loop.
         if architecture == 90:
-            launch = Launch(32, 64 if rich else 128, 8, 3)
+            launch = Launch(32, 32, 8, 2) if rich else Launch(32, 128, 8, 3)
         else:
             launch = Launch(32, 64 if architecture < 90 else 32, 8, 2)
     else:
@@ -569,7 +570,7 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
         )
 
     architecture = device_of(query).architecture
-    rich = has_planes(a) or a.window_left >= 0
+    rich = has_planes(a) or a.window_left >= 0 or a.cu_seqlens_k is not None
     launch = kv_launch(block_d, block_dv, query.element_size(), rich, architecture)
     with on_device(query):
         run(launch, careful=False)
