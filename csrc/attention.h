@@ -42,12 +42,12 @@ struct ScorePiece {
   ScoreTerms terms;
   int64_t count_n = 0, count_g = 0, count_i = 0, keys = 0;
   int64_t first_n = 0, first_g = 0, first_i = 0, first_key = 0;
-  int64_t queries = 0;           // row length of lse and delta, [batch, heads, queries]
-  float* scores = nullptr;       // q . k
-  Vector probabilities;          // dropped out; may be the scores themselves
-  float* lse = nullptr;          // written forward, read backward
-  float* grad = nullptr;         // backward: dp, and of it the gradient of the bias
-  Vector grad_scores;            // backward: times cap'; may be grad itself
+  int64_t queries = 0;              // row length of lse and delta, [batch, heads, queries]
+  float* scores = nullptr;          // q . k
+  Vector probabilities;             // dropped out; may be the scores themselves
+  float* lse = nullptr;             // written forward, read backward
+  float* grad = nullptr;            // backward: dp, and of it the gradient of the bias
+  Vector grad_scores;               // backward: times cap'; may be grad itself
   const float* grad_lse = nullptr;  // backward: of every query; null: none
 };
 
