@@ -225,8 +225,9 @@ def _report(
     else:
         table = Table(title=title, title_justify="left")
         for column in _COLUMNS:
+            right = column in ("cases", "max", "rms")
             table.add_column(
-                column, justify="right" if column in ("cases", "max", "rms") else "left"
+                column, justify="right" if right else "left", no_wrap=column == "operator"
             )
         colours = {"passed": "green", "FAILED": "bold red", "skipped": "dim"}
         for row in rows:

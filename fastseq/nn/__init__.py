@@ -8,7 +8,6 @@ from .cross_entropy import CrossEntropyLoss
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .positional import (
     LearnedPositionalEncoding,
-    RotaryEmbedding,
     SinusoidalPositionalEncoding,
     TokenPositionEmbedding,
 )
@@ -22,6 +21,7 @@ from .recurrent import (
     LSTMCell,
     RNNCell,
 )
+from .rotary_embedding import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 from .transformer import (
     Transformer,
