@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .providers import BASELINE
+from .registry import DTYPES
 from .results import Results, Row
 
 
@@ -149,7 +150,7 @@ def markdown(
         return f"no results of {provider}"
     parts = []
     for place, placed in _by(rows, "device", "threads", "policy"):
-        dtypes = list(dict.fromkeys(row.dtype for row in placed))
+        dtypes = [name for name in DTYPES if name in {row.dtype for row in placed}]
         parts.append(f"Times faster than torch, {' / '.join(dtypes)} ({_place(*place)}):")
         tables: dict[tuple[str, ...], list[Row]] = {}
         for _, same in _by(placed, "operator"):

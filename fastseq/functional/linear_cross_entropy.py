@@ -29,7 +29,7 @@ def linear_cross_entropy(
     r"""Cross-entropy of ``input @ linear_weight.T + linear_bias``, without the logits in memory.
 
     Equal to :func:`torch.nn.functional.linear` and then :func:`cross_entropy`. Logits exist for a
-    chunk of tokens at a time, at most 24 MiB of them and of their gradient; the gradients of all
+    chunk of tokens at a time, at most 48 MiB of them and of their gradient; the gradients of all
     three arguments are summed up chunk by chunk, in fp32. A reduced loss takes the three matrix
     products of the plain pair; with ``reduction="none"`` the logits are made again in backward.
 
