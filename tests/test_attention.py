@@ -687,3 +687,19 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("which", [1, 2])
+def test_few_queries_see_nothing_of_what_a_mask_hides(backend, poison, which):
+    """The CPU's decoding kernel multiplies hidden values by 0."""
+    tensors = [torch.randn(2, 4, length, 16) for length in (3, 5, 5)]
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[:, 4] = False
+    with fastseq.use_backend(backend):
+        expected = functional.scaled_dot_product_attention(*tensors, mask)
+        tensors[which][:, :, 4] = poison
+        torch.testing.assert_close(
+            functional.scaled_dot_product_attention(*tensors, mask), expected
+        )

@@ -337,6 +337,9 @@ def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
         a.bottom_right,
         DECODE_SPLIT,
     )
+    if whole.hides and not blockwise.all_finite(made):
+        # 0 times a NaN or Inf value that is hidden: the careful way. Seldom, and made is small.
+        return _forward_blockwise(a, by_extension=True)
     if made.stride() == output.stride():
         return made, made_lse
     return output.copy_(made), made_lse
