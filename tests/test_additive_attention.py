@@ -203,6 +203,37 @@ def test_what_no_query_takes_leaks_nothing(backend: str) -> None:
     assert all(not grads[i][1].any() for i in range(3))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "torch", "reference"])
+def test_what_some_queries_do_not_take_does_not_reach_them(backend: str, poison: float) -> None:
+    query, key, value, weight = inputs(2, 4, 9)
+    mask = torch.rand(2, 4, 9) < 0.7
+    mask[:, 0, 3], mask[:, 1:3, 3], mask[:, 3] = True, False, False
+    grad = torch.randn(2, 4, 5)
+    bad_value, bad_grad = value.clone(), grad.clone()
+    bad_value[:, 3] = poison  # of key 3, which query 0 takes
+    bad_grad[:, 0] = poison
+
+    def run(value: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value, weight)]
+        with fastseq.use_backend(backend):
+            output = functional.additive_attention(*leaves, mask)
+            return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+    output, grad_query, _, grad_value, _ = run(bad_value, grad)
+    expected, expected_query, _, expected_value, _ = run(value, grad)
+    assert output[:, 0].isnan().all()
+    torch.testing.assert_close(output[:, 1:], expected[:, 1:])
+    torch.testing.assert_close(grad_query[:, 1:], expected_query[:, 1:])
+    torch.testing.assert_close(grad_value, expected_value)
+    _, grad_query, _, grad_value, _ = run(value, bad_grad)
+    torch.testing.assert_close(grad_query[:, 1:], expected_query[:, 1:])
+    unseen = ~mask[:, 0]
+    torch.testing.assert_close(grad_value[unseen], expected_value[unseen])
+    assert grad_value[mask[:, 0]].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(9,), (7, 9), (7, 1), (1, 9), (2, 1, 9), (2, 7, 1), (2, 7, 9)])
 def test_masks_broadcast(shape: tuple[int, ...]) -> None:
     tensors = inputs()

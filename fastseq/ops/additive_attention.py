@@ -25,6 +25,7 @@ from ..reference import additive_attention as reference
 from ..reference import softmax as reference_softmax
 from ..reference.layer_norm import compute_dtype
 from ._op import define_op, differentiable_gradients, extension_op
+from .attention_blockwise import all_finite
 from .softmax import masked_backward_op, masked_forward_op
 
 _extension_scores = extension_op("additive_attention_scores")
@@ -118,6 +119,12 @@ def _inputs(a: Forward | Backward) -> tuple[Tensor, Tensor, Tensor, torch.dtype]
     return _rows_contiguous(reference.without_unused(a.key, a.mask)), value, weight, dtype
 
 
+def _hides(mask: Tensor | None, x: Tensor) -> bool:
+    """Whether x may hold NaN or Inf that the mask keeps from some rows: 0 times them is NaN. A GPU
+    is not asked, which would wait for it."""
+    return mask is not None and (x.is_cuda or not all_finite(x))
+
+
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -129,10 +136,10 @@ def _forward_by(kernels: Kernels) -> Callable[[Forward], Tensor]:
             # Without a hidden dimension all scores are 0.
             return output.copy_(reference.additive_attention(*a)) if output.numel() else output
         key, value, weight, dtype = _inputs(a)
-        query = _rows_contiguous(a.query)
+        query, careful = _rows_contiguous(a.query), _hides(a.mask, value)
         for block, mask in _blocks(a, kernels):
-            scores = kernels.scores(query[:, block], key, weight)
-            output[:, block] = kernels.softmax(scores, mask, dtype) @ value
+            weights = kernels.softmax(kernels.scores(query[:, block], key, weight), mask, dtype)
+            output[:, block] = reference.product(weights, value, mask if careful else None)
         return output
 
     return forward
@@ -153,6 +160,7 @@ def _backward_by(kernels: Kernels) -> Callable[[Backward], Tensors4]:
     def by_blocks(a: Backward, grad_query: Tensor) -> Tensors4:
         key, value, weight, dtype = _inputs(a)
         query, compute = _rows_contiguous(a.query), compute_dtype(a.query.dtype)
+        careful = _hides(a.mask, a.grad_output)
         grad_key = grad_value = grad_weight = None
         for block, mask in _blocks(a, kernels):
             weights = kernels.softmax(kernels.scores(query[:, block], key, weight), mask, dtype)
@@ -162,7 +170,8 @@ def _backward_by(kernels: Kernels) -> Callable[[Backward], Tensors4]:
                 grad_scores, query[:, block], key, weight
             )
             grad_query[:, block] = of_query
-            of_value = (weights.mT @ grad).to(compute)
+            taken = mask.expand(weights.shape).mT if careful and mask is not None else None
+            of_value = reference.product(weights.mT, grad, taken).to(compute)
             of_weight = of_weight.view(-1, of_weight.shape[-1]).sum(0)
             if grad_key is None or grad_value is None or grad_weight is None:
                 grad_key, grad_value, grad_weight = of_key, of_value, of_weight

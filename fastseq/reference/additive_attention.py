@@ -17,13 +17,22 @@ def additive_attention(
 ) -> Tensor:
     """``softmax(score_weight . tanh(query + key)) value`` over the keys that take part.
 
-    A query without any gives 0. A key that no query takes may hold anything, NaN included.
+    A query without any gives 0. What a query does not take may be anything, NaN included.
     """
     compute = compute_dtype(query.dtype)
     q, k, v, u = (tensor.to(compute) for tensor in (query, key, value, score_weight))
     k, v = without_unused(k, mask), without_unused(v, mask)
     weights = masked_softmax(scores(q, k, u), mask)
-    return (weights @ v).to(query.dtype)
+    return product(weights, v, mask).to(query.dtype)
+
+
+def product(weights: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """``weights @ x`` where NaN and Inf in x give NaN to the rows alone whose mask takes them."""
+    if mask is None:
+        return weights @ x
+    bad = ~x.isfinite()
+    taken = mask.expand(weights.shape).to(weights.dtype) @ bad.to(weights.dtype) > 0
+    return torch.where(taken, torch.nan, weights @ x.masked_fill(bad, 0.0))
 
 
 def scores(query: Tensor, key: Tensor, score_weight: Tensor) -> Tensor:
@@ -73,4 +82,5 @@ def additive_attention_backward(
     weights = masked_softmax(scores(q, k, u), mask)
     grad_scores = softmax_backward(grad @ v.mT, weights, -1, masked=True)
     grad_query, grad_key, grad_weight = scores_backward(grad_scores, q, k, u)
-    return grad_query, grad_key, weights.mT @ grad, grad_weight
+    transposed = None if mask is None else mask.expand(weights.shape).mT
+    return grad_query, grad_key, product(weights.mT, grad, transposed), grad_weight
