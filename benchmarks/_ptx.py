@@ -51,6 +51,7 @@ class Usage:
     registers: int  # per thread
     local_bytes: int  # stack and spilled registers, per thread
     local_accesses: int
+    loop_local: int  # of these, the most that one innermost loop has
     shared_bytes: int
     barriers: int
     instructions: int
@@ -143,12 +144,14 @@ def _read(kernel: Any) -> Usage:
         code = _disassemble("-sass", file.name)
     lines = _instructions(code)
     opcodes = [opcode for _, opcode, _ in lines]
+    loops = _innermost(lines)
     return Usage(
         kernel=kernel.metadata.name,
         threads=32 * kernel.metadata.num_warps,
         registers=_resource(resources, "REG"),
         local_bytes=_resource(resources, "STACK") + _resource(resources, "LOCAL"),
-        local_accesses=_count(opcodes, r"(LDL|STL)\b"),
+        local_accesses=_count(opcodes, _LOCAL),
+        loop_local=max((_count(loop, _LOCAL) for loop in loops), default=0),
         shared_bytes=kernel.metadata.shared,
         barriers=_count(opcodes, r"BAR\b"),
         instructions=len(opcodes),
@@ -157,7 +160,7 @@ def _read(kernel: Any) -> Usage:
         wide_stores=_count(opcodes, r"STG\b.*\.128"),
         stores=_count(opcodes, r"STG\b"),
         tensor_cores=_count(opcodes, _PRODUCT),
-        loop=_loop(_hottest(lines), kernel.metadata.num_warps),
+        loop=_loop(_hottest(loops or [opcodes]), kernel.metadata.num_warps),
     )
 
 
@@ -166,11 +169,12 @@ def _instructions(code: str) -> list[tuple[str, str, str]]:
     return re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Zx0-9_.]*)([^;]*)", code)
 
 
+_LOCAL = r"(LDL|STL)\b"
 _PRODUCT = r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"
 
 
-def _hottest(lines: list[tuple[str, str, str]]) -> list[str]:
-    """The opcodes of the innermost loop with most products, else accesses, else instructions."""
+def _innermost(lines: list[tuple[str, str, str]]) -> list[list[str]]:
+    """The opcodes of every loop that has none inside."""
     addresses = [int(address, 16) for address, _, _ in lines]
     opcodes = [opcode for _, opcode, _ in lines]
     spans = []
@@ -178,12 +182,15 @@ def _hottest(lines: list[tuple[str, str, str]]) -> list[str]:
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) < int(address, 16):
             spans.append((bisect_left(addresses, int(target[1], 16)), end + 1))
-    inner = [
-        (a, b)
+    return [
+        opcodes[a:b]
         for a, b in spans
         if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
     ]
-    loops = [opcodes[a:b] for a, b in inner] or [opcodes]
+
+
+def _hottest(loops: list[list[str]]) -> list[str]:
+    """The one with most products, else accesses, else instructions."""
     accesses = r"(LDG|LDGSTS|STG)\b"
     return max(loops, key=lambda o: (_count(o, _PRODUCT), _count(o, accesses), len(o)))
 

@@ -410,14 +410,15 @@ def test_the_hottest_loop_is_found_and_bounded():
 
     lines = _ptx._instructions(SASS)
     assert len(lines) == 12
-    loop = _ptx._loop(_ptx._hottest(lines), warps=8)
+    loop = _ptx._loop(_ptx._hottest(_ptx._innermost(lines)), warps=8)
     assert loop == _ptx.Loop(
         instructions=5, special=1, bytes=18, tensor_flops=2 * 2 * 64 * 128 * 16
     )
     straight = [line for line in lines if line[1] != "BRA"]
-    assert _ptx._loop(_ptx._hottest(straight), warps=4).bytes == 16 + 16 + 2 + 16
+    assert not _ptx._innermost(straight)
+    assert _ptx._loop([opcode for _, opcode, _ in straight], warps=4).bytes == 16 + 16 + 2 + 16
 
-    kernel = _ptx.Usage("kernel", 256, *[0] * 11, loop)
+    kernel = _ptx.Usage("kernel", 256, *[0] * 12, loop)
     bounds = roofline.estimate(kernel, 90)
     assert bounds.issue == 5 * 8 / 4
     assert bounds.special == 256 / 16

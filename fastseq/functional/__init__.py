@@ -1,7 +1,7 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
 from .additive_attention import additive_attention
-from .attention import attention, scaled_dot_product_attention
+from .attention import attention
 from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -10,6 +10,7 @@ from .recurrent import gru, lstm, rnn
 from .recurrent_cell import gru_cell, lstm_cell, rnn_cell
 from .rotary_embedding import rotary_embedding
 from .sample import sample
+from .scaled_dot_product_attention import scaled_dot_product_attention
 from .softmax import log_softmax, masked_softmax, softmax
 
 __all__ = [

@@ -12,8 +12,9 @@ from ..ops.attention import Forward, dense_problem
 from ..ops.attention_blockwise import weights_by_piece
 from ..reference import attention as reference
 from ..reference.layer_norm import compute_dtype
+from ._attention_checks import Window
 from ._dispatch import is_foreign, is_transformed, records_gradient
-from .attention import Window, prepared
+from .attention import prepared
 
 REDUCTIONS = ("none", "heads", "keys", "entropy", "top_k")
 
