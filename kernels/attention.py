@@ -48,27 +48,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from .attention_launch import (
     Launch,
-    any_nan,
     block_of,
-    careful_dot,
     careful_launch,
     fitted,
     has_planes,
     hides,
+    planes_of,
+    tile_kernel,
+)
+from .attention_tiles import (
+    any_nan,
+    careful_dot,
     keep_factor,
     key_range,
     load_rows,
-    mask_bytes,
-    row_vector,
-    scalars_of,
     scores,
     sequence_of,
     store_rows,
-    strides_of,
-    terms_of,
-    tile_count,
     tile_of_packed,
 )
 from .common import INTERPRETED, device_of, dot, kernel, on_device, rounded, row_key
@@ -163,8 +161,8 @@ def _forward_tiles(
 
 @kernel
 def attention_forward_kernel(
-    query, key, value, output, lse,
-    bias, mask, slopes, sinks, cu_q, cu_k, key_lengths, seed,
+    query, key, value, output, lse, sinks,
+    bias, mask, slopes, cu_q, cu_k, key_lengths, seed,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m,
     bias_b, bias_h, bias_m, bias_n, mask_b, mask_h, mask_m, mask_n, slopes_b,
     heads, group, total_q, total_k, sequences, tiles, section,
@@ -285,8 +283,8 @@ def forward(a: Any, output: Tensor, lse: Tensor) -> None:
             by side.
     """
     query, key, value = a.query, a.key, a.value
-    batch, heads, queries, d = query.shape
-    keys, dv = value.shape[2:]
+    batch, heads, _, d = query.shape
+    dv = value.shape[3]
     if not output.numel() and not lse.numel():
         return
     block_d, block_dv = block_of(d), block_of(dv)
@@ -295,39 +293,10 @@ def forward(a: Any, output: Tensor, lse: Tensor) -> None:
     per_head = max(1, key.shape[2] * (d + dv) * query.element_size())
     group = heads // max(key.shape[1], 1)
     section = min(batch * heads, max(1, L2_SECTION // per_head) * group)
-    tensors = (
-        *(query, key, value, output, lse, a.bias, mask_bytes(a.mask), a.alibi_slopes, a.sinks),
-        *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
-        *strides_of(query, 3),
-        *strides_of(key, 3),
-        *strides_of(value, 3),
-        *strides_of(output, 3),
-        *strides_of(a.bias, 4),
-        *strides_of(a.mask, 4),
-        *strides_of(a.alibi_slopes, 1),
-    )
-
-    def run(launch: Launch, *, careful: bool) -> None:
-        sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
-        programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
-        attention_forward_kernel[(programs,)](
-            *tensors,
-            *(heads, group, queries, keys, sequences, tiles, section),
-            *scalars_of(a),
-            D=d,
-            DV=dv,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            BLOCK_B=block_b,
-            VECTOR=row_vector(d | dv, query, key, value, output),
-            CAREFUL=careful,
-            **terms_of(a),
-            **launch.options,
-        )
-
+    tensors = (query, key, value, output, lse, a.sinks, *planes_of(a))
+    rows = (query, key, value, output)
+    run = tile_kernel(attention_forward_kernel, a, tensors, rows, extra=(section,))
     with on_device(query):
-        run(launch, careful=False)
+        run(launch)
         if hides(a):
             run(careful_launch(max(d, dv)), careful=True)

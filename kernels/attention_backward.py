@@ -42,28 +42,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention_bias
-from .attention_tiles import (
+from .attention_launch import (
     Launch,
     Statistics,
-    any_nan,
     block_of,
-    careful_dot,
     careful_launch,
     fitted,
     has_planes,
     hides,
+    planes_of,
+    row_vector,
+    strides_of,
+    tile_kernel,
+)
+from .attention_tiles import (
+    any_nan,
+    careful_dot,
     key_range,
     load_rows,
     load_statistics,
-    plane_strides_of,
-    planes_of,
-    row_vector,
-    scalars_of,
     sequence_of,
     store_rows,
-    strides_of,
-    terms_of,
-    tile_count,
     tile_gradients,
     tile_of_packed,
     tile_weights,
@@ -532,48 +531,14 @@ def backward(
 
 
 def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: Tensor) -> None:
-    query, key, value, grad_output = a.query, a.key, a.value, a.grad_output
-    batch, heads, queries, d = query.shape
-    key_heads, keys, dv = value.shape[1:]
-    block_d, block_dv = block_of(d), block_of(dv)
-    tensors = (
-        *(query, key, value, grad_output, *statistics, grad_key, grad_value),
-        *planes_of(a),
-        *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
-        *strides_of(query, 3),
-        *strides_of(key, 3),
-        *strides_of(value, 3),
-        *strides_of(grad_output, 3),
-        *strides_of(grad_key, 3),
-        *strides_of(grad_value, 3),
-        *plane_strides_of(a),
-    )
-
-    def run(launch: Launch, *, careful: bool) -> None:
-        sequences, tiles, block_b = tile_count(a, launch.block_n, keys, a.cu_seqlens_k)
-        programs = tiles * key_heads * (1 if a.cu_seqlens_k is not None else batch)
-        attention_kv_kernel[(programs,)](
-            *tensors,
-            *(heads, heads // key_heads, queries, keys, sequences, tiles),
-            *scalars_of(a),
-            D=d,
-            DV=dv,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            BLOCK_B=block_b,
-            VECTOR=row_vector(d | dv, query, key, value, grad_output, grad_key, grad_value),
-            CAREFUL=careful,
-            **terms_of(a),
-            **launch.options,
-        )
-
-    architecture = device_of(query).architecture
+    inputs, results = (a.query, a.key, a.value, a.grad_output), (grad_key, grad_value)
+    tensors = (*inputs, *statistics, *results, *planes_of(a))
+    run = tile_kernel(attention_kv_kernel, a, tensors, (*inputs, *results), of_keys=True)
+    d, dv = a.query.shape[3], a.value.shape[3]
     rich = has_planes(a) or a.window_left >= 0 or a.cu_seqlens_k is not None
-    launch = kv_launch(block_d, block_dv, query.element_size(), rich, architecture)
-    with on_device(query):
-        run(launch, careful=False)
+    architecture = device_of(a.query).architecture
+    with on_device(a.query):
+        run(kv_launch(block_of(d), block_of(dv), a.query.element_size(), rich, architecture))
         if hides(a):
             launch = careful_launch(max(d, dv))
             turned = replace(launch, block_m=launch.block_n, block_n=launch.block_m)
@@ -581,45 +546,12 @@ def _backward_kv(a: Any, statistics: Statistics, grad_key: Tensor, grad_value: T
 
 
 def _backward_q(a: Any, statistics: Statistics, grad_query: Tensor) -> None:
-    query, key, value, grad_output = a.query, a.key, a.value, a.grad_output
-    batch, heads, queries, d = query.shape
-    key_heads, keys, dv = value.shape[1:]
-    block_d, block_dv = block_of(d), block_of(dv)
-    tensors = (
-        *(query, key, value, grad_output, *statistics, grad_query),
-        *planes_of(a),
-        *(a.cu_seqlens_q, a.cu_seqlens_k, a.key_lengths, a.seed),
-        *strides_of(query, 3),
-        *strides_of(key, 3),
-        *strides_of(value, 3),
-        *strides_of(grad_output, 3),
-        *strides_of(grad_query, 3),
-        *plane_strides_of(a),
-    )
-
-    def run(launch: Launch, *, careful: bool) -> None:
-        sequences, tiles, block_b = tile_count(a, launch.block_m, queries, a.cu_seqlens_q)
-        programs = tiles * heads * (1 if a.cu_seqlens_q is not None else batch)
-        attention_q_kernel[(programs,)](
-            *tensors,
-            *(heads, heads // max(key_heads, 1), queries, keys, sequences, tiles),
-            *scalars_of(a),
-            D=d,
-            DV=dv,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            BLOCK_B=block_b,
-            VECTOR=row_vector(d | dv, query, key, value, grad_output, grad_query),
-            CAREFUL=careful,
-            **terms_of(a),
-            **launch.options,
-        )
-
-    architecture = device_of(query).architecture
-    launch = q_launch(block_d, block_dv, query.element_size(), has_planes(a), architecture)
-    with on_device(query):
-        run(launch, careful=False)
+    inputs = (a.query, a.key, a.value, a.grad_output)
+    tensors = (*inputs, *statistics, grad_query, *planes_of(a))
+    run = tile_kernel(attention_q_kernel, a, tensors, (*inputs, grad_query))
+    d, dv = a.query.shape[3], a.value.shape[3]
+    planes, architecture = has_planes(a), device_of(a.query).architecture
+    with on_device(a.query):
+        run(q_launch(block_of(d), block_of(dv), a.query.element_size(), planes, architecture))
         if hides(a):
             run(careful_launch(max(d, dv)), careful=True)

@@ -14,18 +14,20 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from .attention_launch import (
     Statistics,
     block_of,
-    load_rows,
-    load_statistics,
     plane_strides_of,
     planes_of,
     row_vector,
     scalars_of,
-    sequence_of,
     strides_of,
     terms_of,
+)
+from .attention_tiles import (
+    load_rows,
+    load_statistics,
+    sequence_of,
     tile_gradients,
     tile_weights,
 )

@@ -24,18 +24,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from .attention_launch import (
     Launch,
     block_of,
     bounded,
-    careful_dot,
     fitted,
-    load_rows,
     row_vector,
-    sequence_of,
     strides_of,
-    tanh,
     uses_tf32,
+)
+from .attention_tiles import (
+    careful_dot,
+    load_rows,
+    sequence_of,
+    tanh,
 )
 from .common import (
     INTERPRETED,
