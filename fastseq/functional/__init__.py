@@ -1,6 +1,7 @@
 """The public functions: ``torch.nn.functional``'s names and signatures, and fused ones beside."""
 
 from .additive_attention import additive_attention
+from .append_to_cache import append_to_cache
 from .attention import attention
 from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
@@ -17,6 +18,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "additive_attention",
+    "append_to_cache",
     "attention",
     "attention_weights",
     "cross_entropy",

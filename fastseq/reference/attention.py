@@ -253,3 +253,21 @@ def attention_weights(
     total = torch.where(nothing, 1.0, total)
     lse = torch.where(nothing, -math.inf, largest + total.log())
     return exponential / total, lse.squeeze(-1), visible
+
+
+def append_to_cache(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, lengths: Tensor
+) -> Tensor:
+    """``cache[b, :, lengths[b] + i] = new[b, :, i]`` of both, in place, where there is room."""
+    room, new = key_cache.shape[2], key.shape[2]
+    if room and new:
+        # Of those that do not fit each writes again what the last that fits does.
+        i = torch.arange(new, device=key.device)
+        source = torch.minimum(i, room - 1 - lengths[:, None])
+        at = (lengths[:, None] + i).clamp(0, room - 1)
+        entry = torch.arange(len(lengths), device=key.device)[:, None]
+        for cache, tensor in ((key_cache, key), (value_cache, value)):
+            rows = tensor.to(cache.dtype)[entry, :, source.clamp(min=0)]
+            fits = (source >= 0)[:, :, None, None]
+            cache[entry, :, at] = torch.where(fits, rows, cache[entry, :, at])
+    return (lengths + new).clamp(max=room)

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from fastseq.kernels import attention, attention_backward, attention_decode
+from fastseq.kernels import (
+    attention,
+    attention_append,
+    attention_backward,
+    attention_decode,
+)
 from fastseq.ops.attention import Backward, Forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,6 +100,12 @@ def _decode(dtype: torch.dtype, d: int, **bounds: int) -> None:
     attention_decode.forward(a, torch.empty_like(query), torch.empty(query.shape[:3]))
 
 
+def _append(dtype: torch.dtype, d: int) -> None:
+    cache, new = torch.empty(2, 8, 4096, d, dtype=dtype), torch.empty(2, 8, 1, d, dtype=dtype)
+    lengths = torch.zeros(2, dtype=torch.int64)
+    attention_append.append(cache, cache, new, new, lengths, lengths)
+
+
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call) of every kernel by what is added to it, dtype and head_dim."""
     for kind, name, d in _FULL if full else _QUICK:
@@ -105,6 +116,7 @@ def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"attention decode {name} {d}", partial(_decode, DTYPES[name], d)
         window = {"window_left": 1000, "window_right": 0}
         yield f"attention decode window {name} {d}", partial(_decode, DTYPES[name], d, **window)
+    yield "attention append bf16 128", partial(_append, torch.bfloat16, 128)
 
 
 def expects(kernel: str, label: str) -> set[str]:
@@ -116,4 +128,6 @@ def expects(kernel: str, label: str) -> set[str]:
     if kernel in ("attention_bias_kernel", "attention_chunk_kernel"):
         return {"wide_loads"} | ({"tensor_cores"} if "fp32" not in label else set())
     wide = {"wide_loads", "wide_stores"}
+    if kernel == "attention_append_kernel":
+        return wide
     return wide if "fp32" in label else {*wide, "tensor_cores"}
