@@ -24,12 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def program() -> Path:
     if simt_host.compiler() is None:
         pytest.skip("no C++ compiler")
-    return simt_host.build()
+    return simt_host.build("checks")
+
+
+@pytest.fixture(scope="session")
+def checks(program: Path) -> Iterator[simt_host.Host]:
+    with simt_host.Host(program) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def host(program: Path) -> Iterator[simt_host.Host]:
-    with simt_host.Host(program) as running:
+    with simt_host.Host(simt_host.build("layer_norm")) as running:
         yield running
 
 
@@ -40,24 +46,24 @@ def floats(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(count).astype(np.float32)
 
 
-def test_emulation_runs_correct_kernels(host: simt_host.Host) -> None:
+def test_emulation_runs_correct_kernels(checks: simt_host.Host) -> None:
     source = floats(192)
     for seed in range(4):
         result = np.full_like(source, np.nan)
-        assert host.call("reverse", [source, result], [0, 0, 1, 0], seed=seed) is None
+        assert checks.call("reverse", [source, result], [0, 0, 1, 0], seed=seed) is None
         np.testing.assert_array_equal(result.reshape(3, 64), source.reshape(3, 64)[:, ::-1])
     source, result = floats(64), np.zeros(64, np.float32)
-    assert host.call("warp_sum", [source, result], [0, 0, 1, 0]) is None
+    assert checks.call("warp_sum", [source, result], [0, 0, 1, 0]) is None
     sums = source.astype(np.float64).reshape(2, 32).sum(1)
     np.testing.assert_allclose(result.reshape(2, 32), sums[:, None].repeat(32, 1), rtol=1e-5)
 
 
-def test_emulation_shows_a_missing_barrier(host: simt_host.Host) -> None:
+def test_emulation_shows_a_missing_barrier(checks: simt_host.Host) -> None:
     source = floats(192)
     results = []
     for seed in range(4):
         result = np.zeros_like(source)
-        host.call("reverse_without_barrier", [source, result], [0, 0, 1, 0], seed=seed)
+        checks.call("reverse_without_barrier", [source, result], [0, 0, 1, 0], seed=seed)
         results.append(result.tobytes())
         # What was read too early is the poison of fresh shared memory.
         assert np.isnan(result).any()
@@ -86,7 +92,7 @@ def test_emulation_reports_faults(
     assert message in str(caught.value)
 
 
-def test_sixteen_bit_conversions(host: simt_host.Host) -> None:
+def test_sixteen_bit_conversions(checks: simt_host.Host) -> None:
     generator = np.random.default_rng(0)
     random_bits = generator.integers(0, 2**32, 40000, dtype=np.uint64).astype(np.uint32)
     # Ties and their neighbours, and the range where float16 is subnormal or overflows.
@@ -99,7 +105,7 @@ def test_sixteen_bit_conversions(host: simt_host.Host) -> None:
     wide = [np.zeros(65536, np.float32), np.zeros(65536, np.float32)]
     narrow = [np.zeros(len(values), np.uint16), np.zeros(len(values), np.uint16)]
     integers = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, len(values)]
-    assert host.call("conversions", [*wide, values, *narrow], integers) is None
+    assert checks.call("conversions", [*wide, values, *narrow], integers) is None
     bits = np.arange(65536, dtype=np.uint16)
     np.testing.assert_array_equal(wide[0], bits.view(np.float16).astype(np.float32))
     np.testing.assert_array_equal(wide[1], (bits.astype(np.uint32) << 16).view(np.float32))

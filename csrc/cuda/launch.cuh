@@ -1,5 +1,6 @@
 // What standard C++ has no words for, so that a kernel file compiles with nvcc and, unchanged, with
-// the C++ compiler against the host emulation in tests/simt: launches and shared memory.
+// the C++ compiler against the host emulation in tests/simt: launches and shared memory; and
+// launches that ask for more than a grid of independent blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,3 +37,51 @@ using SharedType = typename SharedTypeOf<T>::Type;
 #define FASTSEQ_DYNAMIC_SHARED(type, name) SIMT_DYNAMIC_SHARED(type, name)
 
 #endif
+
+namespace fastseq {
+
+constexpr size_t kDefaultSharedBytes = 48 << 10;  // more has to be asked for
+constexpr unsigned kPortableCluster = 8;          // and so do larger clusters
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;   // of dynamic shared memory
+  unsigned cluster = 1;      // blocks along x that run at once and share memory
+  bool cooperative = false;  // all blocks of the grid run at once, or the launch is an error
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kDefaultSharedBytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+  }
+  if (error == cudaSuccess && shape.cluster > kPortableCluster) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, so not to the next who asks
+  return error;
+}
+
+}  // namespace fastseq

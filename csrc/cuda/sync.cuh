@@ -28,6 +28,11 @@ __device__ __forceinline__ void cluster_wait() {
   FASTSEQ_CLUSTER(asm volatile("barrier.cluster.wait.acquire.aligned;" :: : "memory"));
 }
 
+__device__ __forceinline__ void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // Of this block in its cluster, and how many blocks that has; 0 and 1 in a launch without clusters.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank = 0;
@@ -103,6 +108,10 @@ __device__ __forceinline__ void copy_wait() {
 
 inline void cluster_arrive(simt::Place place = simt::here()) { simt::cluster_arrive(place); }
 inline void cluster_wait(simt::Place place = simt::here()) { simt::cluster_wait(place); }
+inline void cluster_barrier(simt::Place place = simt::here()) {
+  simt::cluster_arrive(place);
+  simt::cluster_wait(place);
+}
 inline unsigned cluster_rank() { return simt::cluster_rank(); }
 inline unsigned cluster_size() { return simt::cluster_size(); }
 
@@ -132,11 +141,6 @@ void copy_wait() {
 }
 
 #endif
-
-__device__ __forceinline__ void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
 
 // A barrier of all blocks of a cooperative grid, in two halves, with a counter in global memory
 // that starts at zero: what any thread wrote before its block arrives, every thread can read after

@@ -3,7 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "../../csrc/cuda/launch.cuh"
-#include "server.h"
+#include "checks.h"
 
 namespace simt {
 namespace {
@@ -126,7 +126,7 @@ const char* conversions(Request& request) {
 
 }  // namespace
 
-void add_checks(Functions& functions) {
+void add_functions(Functions& functions) {
   functions["reverse"] = from_to(&reverse_kernel<true>, 3);
   functions["reverse_without_barrier"] = from_to(&reverse_kernel<false>, 3);
   functions["warp_sum"] = from_to(&warp_sum_kernel, 1);
@@ -139,6 +139,8 @@ void add_checks(Functions& functions) {
   functions["missing_lane"] = on_one_warp(&missing_lane_kernel);
   functions["masked_lane"] = on_one_warp(&masked_lane_kernel);
   functions["conversions"] = conversions;
+  add_group_checks(functions);
+  add_warp_checks(functions);
 }
 
 }  // namespace simt

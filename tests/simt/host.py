@@ -20,13 +20,16 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
-SOURCES = [
-    HERE / "simt.cpp",
-    HERE / "server.cpp",
-    HERE / "checks.cpp",
-    HERE / "layer_norm_server.cpp",
-    ROOT / "csrc" / "cuda" / "layer_norm.cu",
+# The emulation, and the other end of Host.
+COMMON = [
+    HERE / f"{name}.cpp"
+    for name in ("fiber", "simt", "barrier", "warp", "memory", "launch", "server")
 ]
+# A program for each, so that a change in one compiles no other.
+PROGRAMS = {
+    "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],
+    "layer_norm": [HERE / "layer_norm_server.cpp", ROOT / "csrc" / "cuda" / "layer_norm.cu"],
+}
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -49,37 +52,46 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build() -> Path:
-    """The program's path. An object is compiled again only if something it may include changed."""
+def build(name: str) -> Path:
+    """The path of one of PROGRAMS; compiles what includes a file that has changed."""
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler")
-    headers = sorted(
-        path
-        for folder in (ROOT / "csrc", HERE)
-        for suffix in ("*.h", "*.cuh")
-        for path in folder.rglob(suffix)
-    )
     version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
     common = hashlib.sha256(version + " ".join(FLAGS).encode())
-    for header in headers:
-        common.update(str(header.relative_to(ROOT)).encode() + header.read_bytes())
     BUILD.mkdir(parents=True, exist_ok=True)
-    objects = []
-    whole = common.copy()
-    for source in SOURCES:
-        digest = common.copy()
-        digest.update(source.read_bytes())
-        whole.update(digest.digest())
-        target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-        objects.append(str(target))
-        if not target.exists():
-            arguments = [*FLAGS, f"-I{HERE / 'include'}", "-c", "-x", "c++", str(source)]
-            _create(target, [cxx, *arguments])
-    program = BUILD / f"kernels-{whole.hexdigest()[:16]}"
+    objects = [_object(cxx, source, common.copy()) for source in COMMON + PROGRAMS[name]]
+    for path in objects:
+        common.update(path.name.encode())
+    program = BUILD / f"{name}-{common.hexdigest()[:16]}"
     if not program.exists():
-        _create(program, [cxx, *FLAGS, *objects])
+        _create(program, [cxx, *FLAGS, *map(str, objects)])
     return program
+
+
+def _object(cxx: str, source: Path, common: hashlib._Hash) -> Path:
+    """Beside an object lies what its last compilation included; its own name tells their contents.
+
+    If none of those files has changed, neither has what they include.
+    """
+    listing = BUILD / f"{source.name}.included"
+    arguments = [*FLAGS, f"-I{HERE / 'include'}", "-x", "c++", str(source)]
+    if not listing.exists():
+        command = [cxx, *arguments, "-MM", "-MT", "object"]
+        _create(listing, command)
+    target = BUILD / f"{source.stem}-{_digest(listing, common.copy())}.o"
+    if not target.exists():
+        _create(listing, [cxx, *arguments, "-MM", "-MT", "object"])
+        target = BUILD / f"{source.stem}-{_digest(listing, common.copy())}.o"
+        _create(target, [cxx, *arguments, "-c"])
+    return target
+
+
+def _digest(listing: Path, digest: hashlib._Hash) -> str:
+    for name in sorted(listing.read_text().replace("\\\n", " ").split()[1:]):
+        path = Path(name)
+        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    return digest.hexdigest()[:16]
 
 
 def _create(target: Path, command: list[str]) -> None:

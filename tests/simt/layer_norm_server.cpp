@@ -82,7 +82,7 @@ const char* partial_rows(Request& request) {
 
 }  // namespace
 
-void add_layer_norm(Functions& functions) {
+void add_functions(Functions& functions) {
   functions["layer_norm_forward"] = forward;
   functions["layer_norm_backward"] = backward;
   functions["layer_norm_partial_rows"] = partial_rows;

@@ -54,8 +54,7 @@ void reply(const Request& request, const char* error) {
 
 int main() {
   simt::Functions functions;
-  simt::add_layer_norm(functions);
-  simt::add_checks(functions);
+  simt::add_functions(functions);
   for (;;) {
     simt::Request request = simt::read_request();
     const auto found = functions.find(request.name);

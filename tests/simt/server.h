@@ -36,7 +36,7 @@ struct Request {
 using Function = std::function<const char*(Request&)>;
 using Functions = std::map<std::string, Function>;
 
-void add_layer_norm(Functions& functions);
-void add_checks(Functions& functions);
+// Each program defines it: the functions that can be called in it.
+void add_functions(Functions& functions);
 
 }  // namespace simt

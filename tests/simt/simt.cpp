@@ -1,163 +1,27 @@
+// Which thread runs when.
 #include "simt.h"
-
-#include <sys/mman.h>
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <map>
-#include <memory>
-#include <random>
 #include <string>
-#include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#define SIMT_SANITIZED 1
-#else
-#define SIMT_SANITIZED 0
-#endif
-
-#if !defined(__x86_64__)
-#define SIMT_UCONTEXT
-#endif
-#ifdef SIMT_UCONTEXT
-#include <ucontext.h>
-#else
-// ucontext saves the signal mask by a system call, which more than doubles the time of the tests.
-// This saves what the calling convention says a function keeps.
-extern "C" void simt_switch(void** save_stack_pointer, void* stack_pointer);
-asm(R"(
-.text
-.globl simt_switch
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-)");
-#endif
+#include "group.h"
 
 namespace simt {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr int kPoison = 0xff;
-
-enum class State { runnable, at_barrier, at_exchange, exited };
-
-struct Fiber {
-  State state = State::exited;
-  Place place{};
-  uint3 index{};
-  int linear = 0;
-  // What the thread brings to a warp exchange, and what it gets.
-  unsigned mask = 0;
-  int source_lane = 0;
-  uint64_t value = 0, result = 0;
-
-  char* stack = nullptr;
-  size_t stack_bytes = 0;
-  void* fake_stack = nullptr;
-#ifdef SIMT_UCONTEXT
-  ucontext_t context;
-#else
-  void* stack_pointer = nullptr;
-#endif
-};
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory poisoned(size_t bytes) {
-  Memory memory(std::malloc(bytes));
-  std::memset(memory.get(), kPoison, bytes);
-  return memory;
-}
-
-struct Block {
-  const std::function<void()>* kernel = nullptr;
-  int threads = 0, exited = 0, at_barrier = 0;
-  std::vector<std::vector<Fiber*>> runnable;  // of each warp
-  bool by_priority = false;
-  std::vector<size_t> priority;  // the warps, most urgent first
-  Memory dynamic;
-  std::map<const void*, Memory> statics;
-};
+constexpr int kIdleRounds = 1000;
+constexpr int kPolls = 2;       // before a thread that polls lets all others go first
+constexpr int kRedraw = 1024;  // switches, on average, after which urgencies are drawn anew
 
 std::mt19937_64 generator;
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block: their stacks are costly
-Fiber host;                                  // the fiber of the caller of run_grid
-Fiber* current = &host;
-Block block;
+std::vector<std::unique_ptr<Thread>> pool;  // kept from group to group: stacks are costly
+Thread host;                                // stands for the caller of run_grid
+Group group;
 
 size_t random_below(size_t bound) { return generator() % bound; }
-
-void after_switch([[maybe_unused]] Fiber* self) {
-#if SIMT_SANITIZED
-  const void* bottom;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(self == nullptr ? nullptr : self->fake_stack, &bottom, &bytes);
-  if (host.stack == nullptr) {
-    host.stack = static_cast<char*>(const_cast<void*>(bottom));
-    host.stack_bytes = bytes;
-  }
-#endif
-}
-
-void switch_to(Fiber& next) {
-  Fiber& self = *current;
-  if (&next == &self) return;
-  current = &next;
-  thread_index = next.index;
-#if SIMT_SANITIZED
-  __sanitizer_start_switch_fiber(&self.fake_stack, next.stack, next.stack_bytes);
-#endif
-#ifdef SIMT_UCONTEXT
-  swapcontext(&self.context, &next.context);
-#else
-  simt_switch(&self.stack_pointer, next.stack_pointer);
-#endif
-  after_switch(&self);
-}
-
-std::string describe_waiting() {
-  std::map<std::string, int> groups;
-  for (int i = 0; i < block.threads; ++i) {
-    const Fiber& fiber = *fibers[i];
-    char text[256];
-    if (fiber.state == State::exited) {
-      std::snprintf(text, sizeof(text), "have returned");
-    } else {
-      std::snprintf(text, sizeof(text), "wait at %s %s:%d",
-                    fiber.state == State::at_barrier ? "__syncthreads" : "a warp exchange",
-                    fiber.place.file, fiber.place.line);
-    }
-    ++groups[text];
-  }
-  std::string description;
-  for (const auto& [text, count] : groups) {
-    if (!description.empty()) description += ", ";
-    description += std::to_string(count) + " threads " + text;
-  }
-  return description;
-}
+bool coin() { return random_below(2) == 0; }
 
 // A random order of [0, count).
 std::vector<size_t> permutation(size_t count) {
@@ -169,128 +33,184 @@ std::vector<size_t> permutation(size_t count) {
   return order;
 }
 
-// The runnable threads of the warp that goes on next, or null.
-std::vector<Fiber*>* next_warp() {
-  const size_t warps = block.priority.size();
-  const size_t first = block.by_priority ? 0 : random_below(warps);
-  for (size_t i = 0; i < warps; ++i) {
-    std::vector<Fiber*>& threads = block.runnable[block.priority[(first + i) % warps]];
-    if (!threads.empty()) return &threads;
-  }
-  return nullptr;
+void switch_to(Thread& next) {
+  Thread& self = *current;
+  if (&next == &self) return;
+  current = &next;
+  threadIdx = next.index;
+  if (next.block != nullptr) blockIdx = next.block->index;
+  switch_fiber(&self == &host ? host_fiber : self.fiber,
+               &next == &host ? host_fiber : next.fiber);
 }
 
-// Gives the processor to a random thread that can run, or back to the host when none is left.
-void yield() {
-  std::vector<Fiber*>* threads = next_warp();
-  if (threads == nullptr) {
-    if (block.exited == block.threads) {
-      switch_to(host);
-      return;
+const char* wait_name(State state) {
+  switch (state) {
+    case State::polling: return "poll memory";
+    case State::at_barrier: return "wait at __syncthreads";
+    case State::at_cluster_barrier: return "wait at the cluster's barrier";
+    case State::at_exchange: return "wait at a warp exchange";
+    default: return "run";
+  }
+}
+
+[[noreturn]] void deadlock() {
+  std::map<std::string, int> groups;
+  for (const Thread* thread : group.threads) {
+    char text[256] = "have returned";
+    if (thread->state != State::exited) {
+      std::snprintf(text, sizeof(text), "%s %s:%d", wait_name(thread->state), thread->place.file,
+                    thread->place.line);
     }
-    fault("deadlock in block (%u, %u, %u): %s", block_index.x, block_index.y, block_index.z,
-          describe_waiting().c_str());
+    ++groups[text];
   }
-  Fiber*& pick = (*threads)[random_below(threads->size())];
-  Fiber* next = pick;
-  pick = threads->back();
-  threads->pop_back();
-  switch_to(*next);
+  std::string description;
+  for (const auto& [text, count] : groups) {
+    if (!description.empty()) description += ", ";
+    description += std::to_string(count) + " threads " + text;
+  }
+  const uint3& first = group.blocks[0].index;
+  const std::string more =
+      group.blocks.size() == 1 ? "" : " and " + std::to_string(group.blocks.size() - 1) + " more";
+  fault("deadlock in block (%u, %u, %u)%s: %s", first.x, first.y, first.z, more.c_str(),
+        description.c_str());
 }
 
-void wake(Fiber& fiber) {
-  fiber.state = State::runnable;
-  block.runnable[static_cast<size_t>(fiber.linear / kWarp)].push_back(&fiber);
+// The most urgent of those that can run, or a random one; there must be one.
+template <typename CanRun>
+size_t pick(const std::vector<size_t>& order, bool by_urgency, CanRun can_run) {
+  const size_t count = order.size();
+  for (size_t i = by_urgency ? 0 : random_below(count);; i = i + 1 == count ? 0 : i + 1) {
+    if (can_run(order[i])) return order[i];
+  }
 }
 
-// A fiber outlives its thread: in the next block it runs another.
-void fiber_main() {
-  after_switch(nullptr);
+Thread& take_next() {
+  if (random_below(kRedraw) == 0) group.order = permutation(group.blocks.size());
+  Block& block = group.blocks[pick(group.order, group.blocks_by_urgency,
+                                   [](size_t b) { return group.blocks[b].runnable > 0; })];
+  if (random_below(kRedraw) == 0) block.order = permutation(block.warps.size());
+  Warp& warp = block.warps[pick(block.order, group.warps_by_urgency,
+                                [&](size_t w) { return !block.warps[w].runnable.empty(); })];
+  size_t chosen = 0;
+  if (group.threads_by_urgency) {
+    for (size_t i = 1; i < warp.runnable.size(); ++i) {
+      if (warp.runnable[i]->urgency < warp.runnable[chosen]->urgency) chosen = i;
+    }
+  } else {
+    chosen = random_below(warp.runnable.size());
+  }
+  Thread& next = *warp.runnable[chosen];
+  warp.runnable[chosen] = warp.runnable.back();
+  warp.runnable.pop_back();
+  --block.runnable;
+  return next;
+}
+
+bool any_can_run() {
+  for (const Block& block : group.blocks) {
+    if (block.runnable > 0) return true;
+  }
+  return false;
+}
+
+void wake_polling() {
+  for (Thread* thread : group.polling) wake(*thread);
+  group.polling.clear();
+}
+
+// A fiber outlives its thread: in the next group it runs another.
+void thread_main() {
+  fiber_started();
   for (;;) {
-    (*block.kernel)();
+    Block& block = *current->block;
+    if (!block.started) {
+      block.started = true;
+      block.dynamic->open(true);
+      for (const auto& [tag, memory] : block.statics) memory.open(true);
+    }
+    (*group.kernel)();
     current->state = State::exited;
-    ++block.exited;
-    yield();
-  }
-}
-
-void make_fiber(Fiber& fiber) {
-  fiber.stack_bytes = kStackBytes;
-  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stack == MAP_FAILED) fault("no memory for the stack of a thread");
-  fiber.stack = static_cast<char*>(stack);
-#ifdef SIMT_UCONTEXT
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, fiber_main, 0);
-#else
-  // As simt_switch leaves it: six registers, then where to return to. Above, a null return address
-  // in the place where a call would have put one, which also aligns the stack as a call does.
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
-  top[-1] = nullptr;
-  top[-2] = reinterpret_cast<void*>(&fiber_main);
-  fiber.stack_pointer = top - 8;
-#endif
-}
-
-void run_block(const std::function<void()>& kernel, size_t shared_bytes) {
-  block.kernel = &kernel;
-  block.threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
-  block.exited = block.at_barrier = 0;
-  const size_t warps = static_cast<size_t>((block.threads + kWarp - 1) / kWarp);
-  block.runnable.assign(warps, {});
-  block.priority = permutation(warps);
-  block.by_priority = random_below(2) == 0;
-  block.dynamic = poisoned(shared_bytes);
-  block.statics.clear();
-  while (fibers.size() < static_cast<size_t>(block.threads)) {
-    fibers.push_back(std::make_unique<Fiber>());
-    make_fiber(*fibers.back());
-  }
-  for (int i = 0; i < block.threads; ++i) {
-    Fiber& fiber = *fibers[i];
-    const unsigned index = static_cast<unsigned>(i);
-    fiber.linear = i;
-    fiber.index = {index % block_size.x, index / block_size.x % block_size.y,
-                   index / (block_size.x * block_size.y)};
-    wake(fiber);
-  }
-  yield();
-}
-
-// Lets the exchange happen if all lanes of the mask have come to it.
-void try_exchange(Fiber& arrived) {
-  const int first = arrived.linear / kWarp * kWarp;
-  Fiber* lanes[kWarp] = {};
-  for (int l = 0; l < kWarp; ++l) {
-    if ((arrived.mask >> l & 1) == 0 || first + l >= block.threads) continue;
-    Fiber& fiber = *fibers[first + l];
-    if (fiber.state != State::at_exchange) return;
-    if (fiber.mask != arrived.mask || fiber.place.line != arrived.place.line) {
-      fault("lanes of one warp meet in different exchanges: lane %d with mask %08x at %s:%d, lane "
-            "%d with mask %08x at %s:%d", arrived.linear % kWarp, arrived.mask, arrived.place.file,
-            arrived.place.line, l, fiber.mask, fiber.place.file, fiber.place.line);
+    ++group.exited;
+    if (++block.exited == block.thread_count) {
+      block.dynamic->open(false);
+      for (const auto& [tag, memory] : block.statics) memory.open(false);
     }
-    lanes[l] = &fiber;
+    progress();
+    wait();
   }
-  for (int l = 0; l < kWarp; ++l) {
-    if (lanes[l] == nullptr) continue;
-    const int source = lanes[l]->source_lane;
-    if (source < 0 || source >= kWarp || lanes[source] == nullptr) {
-      fault("lane %d reads lane %d, which takes no part in the exchange at %s:%d", l, source,
-            arrived.place.file, arrived.place.line);
+}
+
+uint3 unravel(size_t linear, const dim3& size) {
+  return {static_cast<unsigned>(linear % size.x), static_cast<unsigned>(linear / size.x % size.y),
+          static_cast<unsigned>(linear / size.x / size.y)};
+}
+
+size_t volume(const dim3& size) { return size_t{size.x} * size.y * size.z; }
+
+void start_block(Block& block, size_t first_thread, size_t shared_bytes) {
+  block.group = &group;
+  block.thread_count = static_cast<int>(volume(blockDim));
+  block.threads = &group.threads[first_thread];
+  block.warps.resize(static_cast<size_t>((block.thread_count + kWarp - 1) / kWarp));
+  block.order = permutation(block.warps.size());
+  block.dynamic = std::make_unique<Shared>(shared_bytes);
+  block.dynamic->open(false);
+  for (int i = 0; i < block.thread_count; ++i) {
+    Thread& thread = *block.threads[i];
+    thread.block = &block;
+    thread.linear = i;
+    thread.index = unravel(static_cast<size_t>(i), blockDim);
+    thread.urgency = generator();
+    thread.arrived = false;
+    thread.polls = 0;
+    thread.copies.assign(1, {});
+    wake(thread);
+  }
+}
+
+// Runs the clusters of the given numbers at once.
+void run_group(const Shape& shape, const std::vector<size_t>& numbers,
+               const std::function<void()>& kernel) {
+  const dim3 clusters(shape.grid.x / shape.cluster.x, shape.grid.y / shape.cluster.y,
+                      shape.grid.z / shape.cluster.z);
+  const size_t threads = volume(shape.block);
+  const size_t size = volume(shape.cluster);
+  const size_t blocks = numbers.size() * size;
+  group = {};
+  group.kernel = &kernel;
+  group.blocks.resize(blocks);
+  group.clusters.resize(numbers.size());
+  group.order = permutation(blocks);
+  group.blocks_by_urgency = coin();
+  group.warps_by_urgency = coin();
+  group.threads_by_urgency = coin();
+  while (pool.size() < blocks * threads) {
+    pool.push_back(std::make_unique<Thread>());
+    make_fiber(pool.back()->fiber, thread_main, pool.size());
+  }
+  for (size_t i = 0; i < blocks * threads; ++i) group.threads.push_back(pool[i].get());
+  for (size_t c = 0; c < numbers.size(); ++c) {
+    Cluster& cluster = group.clusters[c];
+    cluster.threads = static_cast<int>(size * threads);
+    const uint3 corner = unravel(numbers[c], clusters);
+    for (size_t rank = 0; rank < size; ++rank) {
+      Block& block = group.blocks[c * size + rank];
+      const uint3 inside = unravel(rank, shape.cluster);
+      block.index = {corner.x * shape.cluster.x + inside.x, corner.y * shape.cluster.y + inside.y,
+                     corner.z * shape.cluster.z + inside.z};
+      block.rank = static_cast<unsigned>(rank);
+      block.cluster = &cluster;
+      cluster.blocks.push_back(&block);
+      start_block(block, (c * size + rank) * threads, shape.shared_bytes);
     }
-    lanes[l]->result = lanes[source]->value;
   }
-  for (Fiber* fiber : lanes) {
-    if (fiber != nullptr) wake(*fiber);
-  }
+  wait();
+  group = {};
 }
 
 }  // namespace
+
+Thread* current = &host;
 
 void fault(const char* format, ...) {
   va_list arguments;
@@ -305,67 +225,60 @@ void fault(const char* format, ...) {
 
 void set_seed(uint64_t seed) { generator.seed(seed); }
 
-void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
-  const uint64_t threads = uint64_t{size.x} * size.y * size.z;
-  if (threads == 0 || threads > 1024) fault("a block of %zu threads", size_t(threads));
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-    fault("a grid of (%u, %u, %u) blocks", grid.x, grid.y, grid.z);
-  }
-  block_size = size;
-  grid_size = grid;
-  for (const size_t linear : permutation(size_t{grid.x} * grid.y * grid.z)) {
-    block_index = {static_cast<unsigned>(linear % grid.x),
-                   static_cast<unsigned>(linear / grid.x % grid.y),
-                   static_cast<unsigned>(linear / grid.x / grid.y)};
-    run_block(kernel, shared_bytes);
-  }
-  block.dynamic.reset();
-  block.statics.clear();
+void progress() {
+  group.idle_rounds = 0;
+  current->polls = 0;
 }
 
-void sync_block(Place place) {
-  for (int i = 0; i < block.threads && block.at_barrier > 0; ++i) {
-    const Fiber& other = *fibers[i];
-    if (other.state != State::at_barrier) continue;
-    if (other.place.line != place.line) {
-      fault("divergent barrier: a thread at %s:%d, another at %s:%d", place.file, place.line,
-            other.place.file, other.place.line);
+void wake(Thread& thread) {
+  thread.state = State::runnable;
+  Block& block = *thread.block;
+  block.warps[static_cast<size_t>(thread.linear / kWarp)].runnable.push_back(&thread);
+  ++block.runnable;
+}
+
+void wait() {
+  if (!any_can_run()) {
+    if (group.exited == static_cast<int>(group.threads.size())) {
+      switch_to(host);
+      return;
     }
-    break;
+    if (group.polling.empty() || ++group.idle_rounds > kIdleRounds) deadlock();
+    wake_polling();
   }
-  current->state = State::at_barrier;
+  switch_to(take_next());
+}
+
+void yield() {
+  wake(*current);
+  wait();
+}
+
+void poll(Place place) {
+  if (++current->polls <= kPolls) return yield();
+  current->state = State::polling;
   current->place = place;
-  if (++block.at_barrier == block.threads) {
-    block.at_barrier = 0;
-    for (int i = 0; i < block.threads; ++i) wake(*fibers[i]);
-  }
+  group.polling.push_back(current);
+  wait();
+}
+
+void written() {
+  progress();
+  wake_polling();
   yield();
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Place place) {
-  Fiber& self = *current;
-  if ((mask >> lane() & 1) == 0) {
-    fault("lane %d is not in the mask %08x of its exchange at %s:%d", lane(), mask, place.file,
-          place.line);
+void run_grid(const Shape& shape, const std::function<void()>& kernel) {
+  blockDim = shape.block;
+  gridDim = shape.grid;
+  const size_t count = volume(shape.grid) / volume(shape.cluster);
+  if (shape.cooperative) {
+    std::vector<size_t> all(count);
+    for (size_t i = 0; i < count; ++i) all[i] = i;
+    run_group(shape, all, kernel);
+  } else {
+    for (const size_t cluster : permutation(count)) run_group(shape, {cluster}, kernel);
   }
-  self.state = State::at_exchange;
-  self.place = place;
-  self.mask = mask;
-  self.value = value;
-  self.source_lane = source_lane;
-  try_exchange(self);
-  yield();
-  return self.result;
-}
-
-int lane() { return current->linear % kWarp; }
-
-void* dynamic_shared() { return block.dynamic.get(); }
-
-void* static_shared(const void* tag, size_t bytes) {
-  Memory& memory = block.statics[tag];
-  if (memory == nullptr) memory = poisoned(bytes);
-  return memory.get();
 }
 
 }  // namespace simt

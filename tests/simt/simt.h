@@ -1,21 +1,29 @@
 // Runs CUDA kernels on the host, so that their logic can be tested without a GPU.
 //
-// A thread is a fiber. Blocks run one after another in a random order; inside a block the fibers
-// run in a random order too, each until it waits at a barrier or a warp exchange. Half of the
-// blocks mix their warps evenly; in the others each warp runs as far ahead of the less urgent ones
-// as barriers let it. So code that lacks a barrier it needs reads shared memory too early, or finds
-// it already written over, under most seeds. The order depends on the seed alone.
+// A thread is a fiber. A group of blocks lives at once: one block, the blocks of a cluster, or all
+// of a cooperative grid; groups run one after another in a random order. Inside a group the threads
+// run in an order that depends on the seed alone, each until it meets another: at a barrier, a warp
+// exchange, a flag or a fence. At each of three levels (which block, which of its warps, which of
+// its threads) a group either mixes evenly or lets the most urgent run as far ahead of the rest as
+// barriers allow; once in a while urgencies are drawn anew. So code that lacks a barrier it needs
+// reads memory too early, or finds it already written over, under most seeds.
 //
 // Shared memory is fresh for every block, filled with bits that are NaN in every floating type, and
-// allocated to its exact size, so that the address sanitizer sees an access past its end; global
-// memory is whatever the host allocated.
+// allocated to its exact size, so that the address sanitizer sees an access past its end; so it
+// does an access to another block's before that runs or once it has returned. An asynchronous copy
+// poisons its destination at once and happens at the wait. Global memory is whatever the host
+// allocated.
+//
+// A thread that polls a flag lets others run until one writes a flag. When nothing but polls has
+// happened for a thousand rounds, it is a deadlock.
 //
 // A fault (a barrier some threads never reach, or reach at different lines; an exchange with a lane
-// that takes no part) is printed as one line "simt: ..." and ends the process with kFaultStatus.
+// that takes no part; threads that wait for ever) is printed as one line "simt: ..." and ends the
+// process with kFaultStatus.
 //
-// Not modelled: memory ordering weaker than program order, warps in lockstep, timing. Room to grow:
-// a Block owns its fibers and its shared memory, so a cluster or a cooperative grid is several live
-// Blocks under one scheduler, and a matrix fragment is one more exchange among the lanes of a warp.
+// Stricter than the hardware: a barrier, of a cluster too, wants also the threads that have
+// returned. Not modelled: memory ordering weaker than program order, warps in lockstep, timing,
+// polling by plain loads (which would never end here).
 #pragma once
 
 #include <cstddef>
@@ -32,6 +40,18 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+// Of the thread that runs now.
+inline uint3 threadIdx{}, blockIdx{};
+inline dim3 blockDim{}, gridDim{};
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 82,
+  cudaErrorInvalidClusterSize = 912,
+};
+
 namespace simt {
 
 constexpr int kWarp = 32;
@@ -43,47 +63,107 @@ struct Place {
   int line;
 };
 
-// Of the thread that runs now.
-inline uint3 thread_index{}, block_index{};
-inline dim3 block_size{}, grid_size{};
+// As a default argument of a default argument: the line that calls, which tells barriers apart.
+inline Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
+}
 
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void set_seed(uint64_t seed);
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
-void sync_block(Place place);
+// Launches.
 
-// Every lane of the mask brings a value and takes that of its source lane, once all have come.
-uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Place place);
-int lane();
+struct Shape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  dim3 cluster{};
+  bool cooperative = false;
+};
 
-void* dynamic_shared();
-// One allocation a block for each tag.
-void* static_shared(const void* tag, size_t bytes);
+// What a kernel has been allowed beyond what every kernel may have.
+struct Limits {
+  size_t shared_bytes = 48 << 10;
+  bool large_clusters = false;
+};
+
+Limits& limits_of(const void* kernel);
+// What a Hopper GPU would say to the launch.
+cudaError_t check_launch(const void* kernel, const Shape& shape);
+void run_grid(const Shape& shape, const std::function<void()>& kernel);
+inline cudaError_t last_error = cudaSuccess;
 
 template <typename... Parameters>
 struct Launch {
   void (*kernel)(Parameters...);
-  dim3 grid, block;
-  size_t shared_bytes;
+  Shape shape;
 
   template <typename... Arguments>
   void operator()(Arguments... arguments) const {
-    run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });
+    const cudaError_t error = check_launch(reinterpret_cast<const void*>(kernel), shape);
+    if (error != cudaSuccess) {
+      last_error = error;
+      return;
+    }
+    run_grid(shape, [&] { kernel(arguments...); });
   }
 };
 
 template <typename... Parameters>
-Launch<Parameters...> make_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                  size_t shared_bytes) {
-  return {kernel, grid, block, shared_bytes};
+Launch<Parameters...> make_launch(void (*kernel)(Parameters...), const Shape& shape) {
+  return {kernel, shape};
 }
+
+// Threads that meet.
+
+void sync_block(Place place);
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
+unsigned cluster_rank();
+unsigned cluster_size();
+
+// Every lane of the mask brings something; when all have come, the last combines it. A lane that
+// does not exist or is not of the mask has brought null.
+using Combine = void (*)(void* const (&brought)[kWarp], Place place);
+void collective(unsigned mask, void* bring, Combine combine, Place place);
+int lane();
+
+// Every lane takes the value of its source lane.
+uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Place place);
+// The lanes whose predicate holds.
+unsigned ballot(unsigned mask, bool predicate, Place place);
+
+// A point where other threads may run; after a poll of memory, after a write others may poll.
+void yield();
+void poll(Place place);
+void written();
+
+unsigned load_acquire(const unsigned* flag, Place place);
+void store_release(unsigned* flag, unsigned value);
+void fetch_add(unsigned* flag, unsigned value);
+
+// Memory.
+
+void* dynamic_shared();
+// One allocation a block for each tag.
+void* static_shared(const void* tag, size_t bytes);
+void* map_shared(void* pointer, unsigned rank);
+
+void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place place);
+void copy_commit();
+void copy_wait(int pending_groups);
+
+// Matrices, laid out over the lanes as csrc/cuda/mma.cuh says.
+
+enum class Format { bf16, f16, tf32 };
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Format format, Place place);
+void ldmatrix(uint32_t* to, int matrices, const void* row, bool transposed, Place place);
+uint32_t to_tf32(float value);
 
 }  // namespace simt
 
 #define SIMT_LAUNCH(kernel, grid, block, shared_bytes, stream) \
-  ::simt::make_launch(kernel, grid, block, shared_bytes)
+  ::simt::make_launch(kernel, ::simt::Shape{grid, block, shared_bytes})
 
 // The lambda has a static of its own in every instance of a kernel template: the array's tag.
 #define SIMT_SHARED(type, name)                                           \

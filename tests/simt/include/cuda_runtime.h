@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../simt.h"
 
@@ -13,11 +14,6 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-
-#define threadIdx ::simt::thread_index
-#define blockIdx ::simt::block_index
-#define blockDim ::simt::block_size
-#define gridDim ::simt::grid_size
 
 // Aligned as on the device, so that the undefined-behaviour sanitizer sees a misaligned access.
 struct alignas(8) uint2 {
@@ -29,15 +25,109 @@ struct alignas(16) uint4 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// Accesses with a hint for the caches.
 template <typename T>
 void __stwb(T* to, T value) {
   *to = value;
 }
+template <typename T>
+void __stcg(T* to, T value) {
+  *to = value;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
 
 using cudaStream_t = struct SimtStream*;
-enum cudaError_t { cudaSuccess = 0 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaErrorInvalidClusterSize: return "invalid cluster size";
+    default: return "invalid argument";
+  }
+}
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  simt::Limits& limits = simt::limits_of(reinterpret_cast<const void*>(kernel));
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    limits.large_clusters = value != 0;
+  } else {
+    limits.shared_bytes = static_cast<size_t>(value);
+  }
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
+};
+
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int cooperative;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  simt::Shape shape{config->gridDim, config->blockDim, config->dynamicSmemBytes};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttributeValue& value = config->attrs[i].val;
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative) {
+      shape.cooperative = value.cooperative != 0;
+    } else {
+      shape.cluster = dim3(value.clusterDim.x, value.clusterDim.y, value.clusterDim.z);
+    }
+  }
+  simt::make_launch(kernel, shape)(arguments...);
+  return simt::last_error;
+}
 
 template <typename T>
 constexpr T min(T a, T b) {
@@ -60,37 +150,101 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
-// The default arguments are those of the line that calls, which tells one barrier from another.
-inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  simt::sync_block({file, line});
-}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline void __nanosleep(unsigned, simt::Place place = simt::here()) { simt::poll(place); }
+inline void __threadfence() { simt::yield(); }
+inline void __threadfence_block() { simt::yield(); }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(),
-                       int line = __builtin_LINE()) {
-  simt::exchange(mask, 0, simt::lane(), {file, line});
+// Atomics. One that changes nothing is a poll.
+template <typename T, typename Update>
+T simt_atomic(T* at, simt::Place place, Update update) {
+  const T before = *at;
+  const T after = update(before);
+  *at = after;
+  if (std::memcmp(&before, &after, sizeof(T)) == 0) {
+    simt::poll(place);
+  } else {
+    simt::written();
+  }
+  return before;
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source_lane, const char* file = __builtin_FILE(),
-              int line = __builtin_LINE()) {
+T atomicAdd(T* at, T value, simt::Place place = simt::here()) {
+  return simt_atomic(at, place, [&](T before) { return static_cast<T>(before + value); });
+}
+template <typename T>
+T atomicMax(T* at, T value, simt::Place place = simt::here()) {
+  return simt_atomic(at, place, [&](T before) { return before < value ? value : before; });
+}
+template <typename T>
+T atomicMin(T* at, T value, simt::Place place = simt::here()) {
+  return simt_atomic(at, place, [&](T before) { return value < before ? value : before; });
+}
+template <typename T>
+T atomicExch(T* at, T value, simt::Place place = simt::here()) {
+  return simt_atomic(at, place, [&](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* at, T expected, T value, simt::Place place = simt::here()) {
+  return simt_atomic(at, place, [&](T before) { return before == expected ? value : before; });
+}
+
+inline void __syncthreads(simt::Place place = simt::here()) { simt::sync_block(place); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::here()) {
+  simt::exchange(mask, 0, simt::lane(), place);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Place place = simt::here()) {
+  return simt::ballot(mask, predicate != 0, place);
+}
+inline int __any_sync(unsigned mask, int predicate, simt::Place place = simt::here()) {
+  return simt::ballot(mask, predicate != 0, place) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::here()) {
+  return simt::ballot(mask, predicate == 0, place) == 0;
+}
+
+template <typename T>
+T simt_shuffle(unsigned mask, T value, int source_lane, simt::Place place) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = simt::exchange(mask, bits, source_lane, {file, line});
+  bits = simt::exchange(mask, bits, source_lane, place);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
+// width, a power of two, divides the warp: lanes read inside their part. One with no lane to read
+// from keeps its value.
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __builtin_FILE(),
-                  int line = __builtin_LINE()) {
-  return __shfl_sync(mask, value, simt::lane() ^ lane_mask, file, line);
+T __shfl_sync(unsigned mask, T value, int source_lane, int width = simt::kWarp,
+              simt::Place place = simt::here()) {
+  const int begin = simt::lane() & -width;
+  return simt_shuffle(mask, value, begin + (source_lane & (width - 1)), place);
 }
 
-// A lane with no lane to read from keeps its value.
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int delta, const char* file = __builtin_FILE(),
-                   int line = __builtin_LINE()) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = simt::kWarp,
+                  simt::Place place = simt::here()) {
+  const int source = simt::lane() ^ lane_mask;
+  const bool beyond = source >= (simt::lane() & -width) + width;
+  return simt_shuffle(mask, value, beyond ? simt::lane() : source, place);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int delta, int width = simt::kWarp,
+                   simt::Place place = simt::here()) {
   const int source = simt::lane() + delta;
-  return __shfl_sync(mask, value, source < simt::kWarp ? source : simt::lane(), file, line);
+  const bool beyond = source >= (simt::lane() & -width) + width;
+  return simt_shuffle(mask, value, beyond ? simt::lane() : source, place);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int delta, int width = simt::kWarp,
+                 simt::Place place = simt::here()) {
+  const int source = simt::lane() - delta;
+  const bool beyond = source < (simt::lane() & -width);
+  return simt_shuffle(mask, value, beyond ? simt::lane() : source, place);
 }

@@ -1,0 +1,119 @@
+// Shared memory of blocks and clusters, and asynchronous copies into it.
+#include <cstdlib>
+#include <cstring>
+
+#include "group.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
+#endif
+
+namespace simt {
+namespace {
+
+constexpr int kPoison = 0xff;
+
+Shared& static_of(Block& block, const void* tag, size_t bytes) {
+  const auto [found, created] = block.statics.try_emplace(tag, bytes);
+  if (created) found->second.open(block.runs());
+  return found->second;
+}
+
+bool in_shared(const Block& block, const void* pointer) {
+  if (block.dynamic->contains(pointer)) return true;
+  for (const auto& [tag, memory] : block.statics) {
+    if (memory.contains(pointer)) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Shared::Shared(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))), bytes(bytes) {
+  std::memset(data, kPoison, bytes);
+}
+
+Shared::Shared(Shared&& other) noexcept
+    : data(std::exchange(other.data, nullptr)), bytes(other.bytes) {}
+
+Shared::~Shared() {
+  if (data == nullptr) return;
+  open(true);
+  std::free(data);
+}
+
+void Shared::open(bool opened) const {
+  if (opened) {
+    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+  } else {
+    ASAN_POISON_MEMORY_REGION(data, bytes);
+  }
+}
+
+bool Shared::contains(const void* pointer) const {
+  return pointer >= data && pointer < data + bytes;
+}
+
+void* dynamic_shared() { return current->block->dynamic->data; }
+
+void* static_shared(const void* tag, size_t bytes) {
+  return static_of(*current->block, tag, bytes).data;
+}
+
+void* map_shared(void* pointer, unsigned rank) {
+  Block& block = *current->block;
+  if (rank >= block.cluster->blocks.size()) {
+    fault("shared memory of rank %u in a cluster of %zu blocks", rank,
+          block.cluster->blocks.size());
+  }
+  Block& peer = *block.cluster->blocks[rank];
+  if (block.dynamic->contains(pointer)) {
+    return peer.dynamic->data + (static_cast<char*>(pointer) - block.dynamic->data);
+  }
+  for (const auto& [tag, memory] : block.statics) {
+    if (!memory.contains(pointer)) continue;
+    return static_of(peer, tag, memory.bytes).data + (static_cast<char*>(pointer) - memory.data);
+  }
+  fault("map_shared of an address outside the block's shared memory");
+}
+
+void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place place) {
+  const auto misaligned = [&](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) != 0;
+  };
+  if (misaligned(to) || (valid_bytes > 0 && misaligned(from))) {
+    fault("misaligned asynchronous copy of %d bytes at %s:%d", bytes, place.file, place.line);
+  }
+  if (valid_bytes < 0 || valid_bytes > bytes) {
+    fault("%d of %d bytes to copy at %s:%d", valid_bytes, bytes, place.file, place.line);
+  }
+  if (!in_shared(*current->block, to)) {
+    fault("asynchronous copy to what is not the block's shared memory at %s:%d", place.file,
+          place.line);
+  }
+  std::memset(to, kPoison, static_cast<size_t>(bytes));
+  current->copies.back().push_back({to, from, bytes, valid_bytes});
+}
+
+void copy_commit() { current->copies.emplace_back(); }
+
+void copy_wait(int pending_groups) {
+  std::vector<std::vector<Copy>>& groups = current->copies;
+  const size_t kept = static_cast<size_t>(pending_groups) + 1;
+  if (groups.size() > kept) {
+    const auto end = groups.end() - static_cast<ptrdiff_t>(kept);
+    for (auto copies = groups.begin(); copies != end; ++copies) {
+      for (const Copy& copy : *copies) {
+        std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+        std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
+      }
+    }
+    groups.erase(groups.begin(), end);
+  }
+  yield();
+}
+
+}  // namespace simt
