@@ -1,4 +1,4 @@
-// Where the threads of a block or of a cluster meet, and the flags by which those of a grid do.
+// Where the threads of a block or of a cluster meet.
 #include "group.h"
 
 namespace simt {
@@ -68,20 +68,5 @@ void cluster_wait(Place place) {
 unsigned cluster_rank() { return current->block->rank; }
 
 unsigned cluster_size() { return static_cast<unsigned>(current->block->cluster->blocks.size()); }
-
-unsigned load_acquire(const unsigned* flag, Place place) {
-  poll(place);
-  return *flag;
-}
-
-void store_release(unsigned* flag, unsigned value) {
-  *flag = value;
-  written();
-}
-
-void fetch_add(unsigned* flag, unsigned value) {
-  *flag += value;
-  written();
-}
 
 }  // namespace simt

@@ -86,6 +86,7 @@ __global__ void wrong_mask_kernel(unsigned* to) {
   const unsigned mask = threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u;
   to[threadIdx.x] = threadIdx.x < 16 ? __shfl_xor_sync(mask, threadIdx.x, 1)
                                      : __shfl_xor_sync(mask, threadIdx.x, 1);
+  __syncwarp();
 }
 
 // The ranks by which threads pass an atomic counter, their sum, and who was last.

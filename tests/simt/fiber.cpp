@@ -4,11 +4,9 @@
 
 #include "simt.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+// Defined where the program is linked with the address sanitizer: this file is compiled without.
+#ifdef SIMT_SANITIZED
 #include <sanitizer/common_interface_defs.h>
-#define SIMT_SANITIZED 1
-#else
-#define SIMT_SANITIZED 0
 #endif
 
 #ifdef __x86_64__
@@ -45,7 +43,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 
 void after_switch([[maybe_unused]] Fiber* self) {
-#if SIMT_SANITIZED
+#ifdef SIMT_SANITIZED
   const void* bottom;
   size_t bytes;
   __sanitizer_finish_switch_fiber(self == nullptr ? nullptr : self->fake_stack, &bottom, &bytes);
@@ -87,7 +85,7 @@ void make_fiber(Fiber& fiber, void (*main)(), [[maybe_unused]] size_t number) {
 void fiber_started() { after_switch(nullptr); }
 
 void switch_fiber(Fiber& from, Fiber& to) {
-#if SIMT_SANITIZED
+#ifdef SIMT_SANITIZED
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
 #endif
 #ifdef __x86_64__

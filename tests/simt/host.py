@@ -20,28 +20,27 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
-# The emulation, and the other end of Host.
-COMMON = [
-    HERE / f"{name}.cpp"
-    for name in ("fiber", "simt", "barrier", "warp", "memory", "launch", "server")
-]
+# The other end of Host, and the emulation: what touches memory that kernels own, and the rest.
+COMMON = [HERE / f"{name}.cpp" for name in ("server", "memory")]
+SCHEDULER = [HERE / f"{name}.cpp" for name in ("fiber", "simt", "barrier", "warp", "launch")]
 # A program for each, so that a change in one compiles no other.
 PROGRAMS = {
     "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],
     "layer_norm": [HERE / "layer_norm_server.cpp", ROOT / "csrc" / "cuda" / "layer_norm.cu"],
 }
-FLAGS = [
-    "-std=c++17",
+FLAGS = ["-std=c++17", "-g1", "-Wall"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+KERNEL_FLAGS = [
+    *FLAGS,
+    *SANITIZE,
     "-O1",
-    "-g1",
     "-fno-strict-aliasing",  # kernels read memory as the vectors the hardware has
     "-ftrivial-auto-var-init=pattern",  # a variable nobody set has the same wrong value every time
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",  # words that a dtype's width leaves unused
 ]
+# Half of the time of the tests is in it, and sanitizers would double that.
+SCHEDULER_FLAGS = [*FLAGS, "-O2", "-DSIMT_SANITIZED"]
 
 
 class Fault(Exception):
@@ -58,33 +57,34 @@ def build(name: str) -> Path:
     if cxx is None:
         raise RuntimeError("no C++ compiler")
     version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
-    common = hashlib.sha256(version + " ".join(FLAGS).encode())
     BUILD.mkdir(parents=True, exist_ok=True)
-    objects = [_object(cxx, source, common.copy()) for source in COMMON + PROGRAMS[name]]
-    for path in objects:
-        common.update(path.name.encode())
-    program = BUILD / f"{name}-{common.hexdigest()[:16]}"
+    compiled = [(source, SCHEDULER_FLAGS) for source in SCHEDULER]
+    compiled += [(source, KERNEL_FLAGS) for source in COMMON + PROGRAMS[name]]
+    objects = [_object(cxx, version, source, flags) for source, flags in compiled]
+    digest = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
+    program = BUILD / f"{name}-{digest[:16]}"
     if not program.exists():
-        _create(program, [cxx, *FLAGS, *map(str, objects)])
+        _create(program, [cxx, *SANITIZE, *map(str, objects)])
     return program
 
 
-def _object(cxx: str, source: Path, common: hashlib._Hash) -> Path:
+def _object(cxx: str, version: bytes, source: Path, flags: list[str]) -> Path:
     """Beside an object lies what its last compilation included; its own name tells their contents.
 
     If none of those files has changed, neither has what they include.
     """
     listing = BUILD / f"{source.name}.included"
-    arguments = [*FLAGS, f"-I{HERE / 'include'}", "-x", "c++", str(source)]
-    if not listing.exists():
-        command = [cxx, *arguments, "-MM", "-MT", "object"]
-        _create(listing, command)
-    target = BUILD / f"{source.stem}-{_digest(listing, common.copy())}.o"
-    if not target.exists():
-        _create(listing, [cxx, *arguments, "-MM", "-MT", "object"])
-        target = BUILD / f"{source.stem}-{_digest(listing, common.copy())}.o"
-        _create(target, [cxx, *arguments, "-c"])
-    return target
+    command = [cxx, *flags, f"-I{HERE / 'include'}", "-x", "c++", str(source)]
+    common = hashlib.sha256(version + " ".join(flags).encode())
+
+    def target() -> Path:
+        return BUILD / f"{source.stem}-{_digest(listing, common.copy())}.o"
+
+    if not listing.exists() or not target().exists():
+        _create(listing, [*command, "-MM", "-MT", "object"])
+    if not target().exists():
+        _create(target(), [*command, "-c"])
+    return target()
 
 
 def _digest(listing: Path, digest: hashlib._Hash) -> str:

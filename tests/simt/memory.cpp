@@ -1,4 +1,4 @@
-// Shared memory of blocks and clusters, and asynchronous copies into it.
+// What the emulation reads and writes for a kernel: this file is compiled with the sanitizers.
 #include <cstdlib>
 #include <cstring>
 
@@ -79,6 +79,23 @@ void* map_shared(void* pointer, unsigned rank) {
   }
   fault("map_shared of an address outside the block's shared memory");
 }
+
+unsigned load_acquire(const unsigned* flag, Place place) {
+  poll(place);
+  return *flag;
+}
+
+void store_release(unsigned* flag, unsigned value) {
+  *flag = value;
+  written();
+}
+
+void fetch_add(unsigned* flag, unsigned value) {
+  *flag += value;
+  written();
+}
+
+void read_row(void* to, const void* row, size_t bytes) { std::memcpy(to, row, bytes); }
 
 void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place place) {
   const auto misaligned = [&](const void* pointer) {

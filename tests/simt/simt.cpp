@@ -12,15 +12,22 @@ namespace simt {
 namespace {
 
 constexpr int kIdleRounds = 1000;
-constexpr int kPolls = 2;       // before a thread that polls lets all others go first
+constexpr int kPolls = 2;      // before a thread that polls lets all others go first
 constexpr int kRedraw = 1024;  // switches, on average, after which urgencies are drawn anew
 
-std::mt19937_64 generator;
+uint64_t random_state;
 std::vector<std::unique_ptr<Thread>> pool;  // kept from group to group: stacks are costly
 Thread host;                                // stands for the caller of run_grid
 Group group;
 
-size_t random_below(size_t bound) { return generator() % bound; }
+uint64_t random_bits() {
+  uint64_t x = random_state += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+size_t random_below(size_t bound) { return (random_bits() >> 32) * bound >> 32; }
 bool coin() { return random_below(2) == 0; }
 
 // A random order of [0, count).
@@ -85,10 +92,11 @@ size_t pick(const std::vector<size_t>& order, bool by_urgency, CanRun can_run) {
 }
 
 Thread& take_next() {
-  if (random_below(kRedraw) == 0) group.order = permutation(group.blocks.size());
+  const bool redraw = random_below(kRedraw) == 0;
+  if (redraw) group.order = permutation(group.blocks.size());
   Block& block = group.blocks[pick(group.order, group.blocks_by_urgency,
                                    [](size_t b) { return group.blocks[b].runnable > 0; })];
-  if (random_below(kRedraw) == 0) block.order = permutation(block.warps.size());
+  if (redraw) block.order = permutation(block.warps.size());
   Warp& warp = block.warps[pick(block.order, group.warps_by_urgency,
                                 [&](size_t w) { return !block.warps[w].runnable.empty(); })];
   size_t chosen = 0;
@@ -160,7 +168,7 @@ void start_block(Block& block, size_t first_thread, size_t shared_bytes) {
     thread.block = &block;
     thread.linear = i;
     thread.index = unravel(static_cast<size_t>(i), blockDim);
-    thread.urgency = generator();
+    thread.urgency = random_bits();
     thread.arrived = false;
     thread.polls = 0;
     thread.copies.assign(1, {});
@@ -223,7 +231,7 @@ void fault(const char* format, ...) {
   std::_Exit(kFaultStatus);
 }
 
-void set_seed(uint64_t seed) { generator.seed(seed); }
+void set_seed(uint64_t seed) { random_state = seed; }
 
 void progress() {
   group.idle_rounds = 0;

@@ -1,6 +1,5 @@
 // What the lanes of a warp do together.
 #include <cmath>
-#include <cstring>
 
 #include "group.h"
 #include "include/cuda_bf16.h"
@@ -139,7 +138,7 @@ void combine_loads(void* const (&brought)[kWarp], Place place) {
       if (reinterpret_cast<uintptr_t>(load.row) % 16 != 0) {
         fault("a row of a matrix misaligned at %s:%d", place.file, place.line);
       }
-      std::memcpy(elements[row], load.row, sizeof(elements[row]));
+      read_row(elements[row], load.row, sizeof(elements[row]));
     }
     for (int l = 0; l < kWarp; ++l) {
       const MatrixLoad& load = *static_cast<const MatrixLoad*>(brought[l]);
