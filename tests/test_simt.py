@@ -566,6 +566,32 @@ def wide_accesses(name: str) -> tuple[int, int] | None:
     return 4 * int(chunks) * either, 2 * int(chunks) * (either + float32)
 
 
+# The emulation's own checks are CUDA, and its words become the instructions that they are for.
+INSTRUCTIONS = {
+    "cluster_kernel<0>": {"UCGABAR_ARV", "UCGABAR_WAIT"},
+    "grid_kernel<0>": {"BAR", "MEMBAR", "CCTL"},  # CCTL: an acquire drops what L1 holds
+    "copy_kernel<1, true>": {"LDGSTS", "LDGDEPBAR", "DEPBAR"},
+    "mma_kernel<fastseq::Bf16>": {"HMMA"},
+    "mma_kernel<fastseq::F16>": {"HMMA"},
+    "mma_kernel<simt::Tf32>": {"HMMA"},
+    "ldmatrix_kernel<4, false>": {"LDSM"},
+    "ldmatrix_kernel<2, true>": {"LDSM"},
+}
+
+
+@pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_checks_are_cuda(arch: str) -> None:
+    folder = ROOT / "tests" / "simt"
+    report = {}
+    for name in ("checks_group", "checks_warp"):
+        report |= nvcc.nvcc_report(folder / f"{name}.cpp", arch)
+    for name, expected in INSTRUCTIONS.items():
+        if arch == "sm_80" and name.startswith("cluster"):
+            continue  # traps there
+        assert expected <= report[name].opcodes, name
+
+
 @pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cuda_codegen(arch: str) -> None:

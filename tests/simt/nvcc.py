@@ -28,6 +28,7 @@ class Kernel:
     loads_128: int
     stores_128: int
     local_accesses: int
+    opcodes: frozenset[str]  # without what follows the first full stop
 
 
 def nvcc() -> str | None:
@@ -57,6 +58,7 @@ def _short_names(symbols: list[str]) -> dict[str, str]:
     short = {}
     for symbol, name in zip(symbols, demangled, strict=True):
         without = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        without = re.sub(r"\([\w:]+\)(?=\d)", "", without)  # an enum's number keeps no type
         short[symbol] = re.sub(r"^(\w+::)*", "", without.split("(")[0]).strip()
     return short
 
@@ -78,7 +80,7 @@ def nvcc_report(path: Path, arch: str) -> dict[str, Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         arguments = [*FLAGS, f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(cubin)]
-        log = _run([compiler, *arguments, str(path)])
+        log = _run([compiler, *arguments, "-x", "cu", str(path)])
         sass = _sass(cubin)
     entry = re.compile(r"Compiling entry function '(\S+)'")
     sections = entry.split(log)
@@ -99,5 +101,8 @@ def nvcc_report(path: Path, arch: str) -> dict[str, Kernel]:
             loads_128=_count(r"\bLDG\.E\.128", code),
             stores_128=_count(r"\bSTG\.E\.128", code),
             local_accesses=_count(r"\b(?:LDL|STL)\b", code),
+            opcodes=frozenset(
+                re.findall(r"/\*[0-9a-f]+\*/ +(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", code)
+            ),
         )
     return report
