@@ -17,6 +17,18 @@ namespace fastseq {
 #define FASTSEQ_CLUSTER(...) __VA_ARGS__
 #endif
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint32_t peer_address(const void* pointer, unsigned rank) {
+  uint32_t address = 0;
+  FASTSEQ_CLUSTER(
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)),
+          "r"(rank)));
+  return address;
+}
+
 // The cluster's barrier in two halves: what a thread wrote before it arrives, other blocks' shared
 // memory included, every thread of the cluster can read after its wait. All threads of all blocks
 // take part, a warp's together, each wait between two arrivals.
@@ -56,6 +68,65 @@ __device__ __forceinline__ T* map_shared(T* pointer, unsigned rank) {
   return mapped;
 }
 
+// What a block sends into shared memory of another of its cluster without waiting, and how the
+// other knows that it is there: a barrier beside the data counts its bytes. Each phase of the
+// barrier one thread of the block that receives says how many bytes it expects, in any order with
+// the sends; phases are numbered from 0 and told apart by their parity. Sent are 4, 8 or 16 bytes,
+// aligned to that; to and barrier are this block's addresses of what lies at the same place in the
+// other. For an exchange this is cheaper than a barrier of the cluster, whose release waits until
+// all the thread wrote, global memory included, is visible to the whole GPU.
+//
+// One thread initialises; a barrier of the cluster has to follow before anyone sends.
+__device__ __forceinline__ void transfer_init(uint64_t* barrier) {
+  FASTSEQ_CLUSTER(asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;" : : "r"(shared_address(barrier)) : "memory"));
+}
+
+__device__ __forceinline__ void transfer_expect(uint64_t* barrier, unsigned bytes) {
+  FASTSEQ_CLUSTER(asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(barrier)),
+      "r"(bytes) : "memory"));
+}
+
+template <typename T>
+__device__ __forceinline__ void transfer_send(T* to, const T& value, uint64_t* barrier,
+                                              unsigned rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+  [[maybe_unused]] const uint32_t data = peer_address(to, rank), flag = peer_address(barrier, rank);
+  if constexpr (sizeof(T) == 4) {
+    FASTSEQ_CLUSTER(asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" : : "r"(data),
+        "r"(words[0]), "r"(flag) : "memory"));
+  } else if constexpr (sizeof(T) == 8) {
+    FASTSEQ_CLUSTER(
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, "
+                     "[%3];" : : "r"(data),
+                     "r"(words[0]), "r"(words[1]), "r"(flag) : "memory"));
+  } else {
+    FASTSEQ_CLUSTER(asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, "
+        "%3, %4}, [%5];" : : "r"(data),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(flag) : "memory"));
+  }
+}
+
+// Until the phase of that parity is over; what was sent in it can then be read by this thread.
+__device__ __forceinline__ void transfer_wait(const uint64_t* barrier, unsigned parity) {
+  [[maybe_unused]] uint32_t over = 0;
+  FASTSEQ_CLUSTER(do {
+    asm volatile(
+        "{\n\t.reg .pred over;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, over;\n\t}"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (over == 0));
+}
+
 #undef FASTSEQ_CLUSTER
 
 // Flags in global memory, through which blocks of one grid see one another's writes. A release
@@ -82,7 +153,7 @@ __device__ __forceinline__ void red_release_add(unsigned* flag, unsigned value) 
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int valid_bytes = kBytes) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4);
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (kBytes == 16) {  // bypasses L1
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                  "r"(valid_bytes)
@@ -118,6 +189,21 @@ inline unsigned cluster_size() { return simt::cluster_size(); }
 template <typename T>
 T* map_shared(T* pointer, unsigned rank) {
   return static_cast<T*>(simt::map_shared(pointer, rank));
+}
+
+inline void transfer_init(uint64_t* barrier) { simt::transfer_init(barrier); }
+inline void transfer_expect(uint64_t* barrier, unsigned bytes) {
+  simt::transfer_expect(barrier, bytes);
+}
+template <typename T>
+void transfer_send(T* to, const T& value, uint64_t* barrier, unsigned rank,
+                   simt::Place place = simt::here()) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  simt::transfer_send(to, &value, sizeof(T), barrier, rank, place);
+}
+inline void transfer_wait(const uint64_t* barrier, unsigned parity,
+                          simt::Place place = simt::here()) {
+  simt::transfer_wait(barrier, parity, place);
 }
 
 inline unsigned load_acquire(const unsigned* flag, simt::Place place = simt::here()) {

@@ -16,7 +16,7 @@ constexpr int kUnits = 40;  // of a block: a warp and a part of one
 
 __device__ unsigned mixed(unsigned sum, unsigned unit) { return (sum + unit) * 2654435761u; }
 
-enum class Plant { nothing, no_first, no_step, no_last, one_buffer, no_block };
+enum class Plant { nothing, no_first, no_step, no_last, one_buffer, no_block, few_bytes };
 
 // A recurrence spread over a cluster: every step makes a block's units of the state from the whole
 // state, and gives them to every block. Two buffers in turn, so one barrier a step is enough.
@@ -48,6 +48,39 @@ __global__ void cluster_kernel(const unsigned* initial, unsigned* result, int st
   }
   const int last = kPlant == Plant::one_buffer ? 0 : steps % 2 * units;
   result[first + unit] = state[last + unit];
+}
+
+// The same with transfers in place of the barrier of a step. A block sends a step's units once it
+// has those of the step before from all, which they sent when they were done with the buffer.
+template <Plant kPlant>
+__global__ void transfer_kernel(const unsigned* initial, unsigned* result, int steps) {
+  FASTSEQ_DYNAMIC_SHARED(unsigned, state);
+  FASTSEQ_SHARED(uint64_t[2], arrived);
+  const int blocks = static_cast<int>(cluster_size()), units = blocks * kUnits;
+  const int unit = static_cast<int>(cluster_rank()) * kUnits + static_cast<int>(threadIdx.x);
+  const int first = static_cast<int>(blockIdx.x / cluster_size()) * units;
+  for (int i = static_cast<int>(threadIdx.x); i < units; i += kUnits) state[i] = initial[first + i];
+  if (threadIdx.x < 2) fastseq::transfer_init(&arrived[threadIdx.x]);
+  if constexpr (kPlant != Plant::no_first) cluster_barrier();
+  for (int step = 0; step < steps; ++step) {
+    const int next = kPlant == Plant::one_buffer ? 0 : (step + 1) % 2;
+    const unsigned* from = state + (kPlant == Plant::one_buffer ? 0 : step % 2 * units);
+    uint64_t* barrier = &arrived[step % 2];
+    const int expected = kPlant == Plant::few_bytes && step == steps - 1 ? units - 1 : units;
+    if (threadIdx.x == 0) {
+      fastseq::transfer_expect(barrier, static_cast<unsigned>(expected * sizeof(unsigned)));
+    }
+    unsigned sum = 0;
+    for (int i = 0; i < units; ++i) sum += from[i];
+    for (int rank = 0; rank < blocks; ++rank) {
+      fastseq::transfer_send(state + next * units + unit, mixed(sum, static_cast<unsigned>(unit)),
+                             barrier, static_cast<unsigned>(rank));
+    }
+    if (kPlant == Plant::no_step && step == steps - 2) continue;
+    if (kPlant == Plant::no_last && step == steps - 1) continue;
+    fastseq::transfer_wait(barrier, static_cast<unsigned>(step / 2 % 2));
+  }
+  result[first + unit] = state[steps % 2 * units + unit];
 }
 
 // The same in a cooperative grid, through global memory.
@@ -212,6 +245,12 @@ void add_group_checks(Functions& functions) {
   functions["cluster_no_last"] = on_clusters(&cluster_kernel<Plant::no_last>);
   functions["cluster_one_buffer"] = on_clusters(&cluster_kernel<Plant::one_buffer>);
   functions["cluster_no_block"] = on_clusters(&cluster_kernel<Plant::no_block>);
+  functions["transfer"] = on_clusters(&transfer_kernel<Plant::nothing>);
+  functions["transfer_no_first"] = on_clusters(&transfer_kernel<Plant::no_first>);
+  functions["transfer_no_step"] = on_clusters(&transfer_kernel<Plant::no_step>);
+  functions["transfer_no_last"] = on_clusters(&transfer_kernel<Plant::no_last>);
+  functions["transfer_one_buffer"] = on_clusters(&transfer_kernel<Plant::one_buffer>);
+  functions["transfer_few_bytes"] = on_clusters(&transfer_kernel<Plant::few_bytes>);
   functions["grid"] = on_grid(&grid_kernel<Plant::nothing>);
   functions["grid_no_step"] = on_grid(&grid_kernel<Plant::no_step>);
   functions["grid_no_block"] = on_grid(&grid_kernel<Plant::no_block>);

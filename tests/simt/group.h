@@ -10,15 +10,40 @@
 
 namespace simt {
 
-enum class State { runnable, polling, at_barrier, at_cluster_barrier, at_exchange, exited };
+enum class State {
+  runnable,
+  polling,
+  at_barrier,
+  at_cluster_barrier,
+  at_exchange,
+  at_transfer,
+  exited,
+};
 
 struct Block;
 struct Group;
+struct Thread;
 
 struct Copy {
   void* to;
   const void* from;
   int bytes, valid_bytes;
+};
+
+// Under way into shared memory of another block.
+struct Transfer {
+  char* to;
+  char value[16];
+  size_t bytes;
+  const uint64_t* barrier;
+};
+
+// A barrier that counts bytes: in its phase, whether some are expected yet, and what is missing.
+struct TransferBarrier {
+  unsigned phase = 0;
+  bool expected = false;
+  int64_t missing = 0;
+  std::vector<Thread*> waiting;
 };
 
 struct Thread {
@@ -90,16 +115,21 @@ struct Group {
   std::vector<Thread*> threads, polling;
   std::vector<size_t> order;  // the blocks, most urgent first
   bool blocks_by_urgency = false, warps_by_urgency = false, threads_by_urgency = false;
+  std::vector<Transfer> transfers;
+  std::map<const uint64_t*, TransferBarrier> barriers;
+  bool prompt_transfers = false;  // else only when nothing else can go on
   int exited = 0, idle_rounds = 0;
 };
 
 extern Thread* current;
+extern Group group;
 
 // Something happened that may let others go on.
 void progress();
 void wake(Thread& thread);
 // Lets others run until someone wakes this thread, whose state says what it waits for.
 void wait();
+void deliver(const Transfer& transfer);
 // Under the address sanitizer.
 void read_row(void* to, const void* row, size_t bytes);
 

@@ -30,6 +30,20 @@ bool in_shared(const Block& block, const void* pointer) {
   return false;
 }
 
+TransferBarrier& barrier_at(const uint64_t* barrier) {
+  const auto found = group.barriers.find(barrier);
+  if (found == group.barriers.end()) fault("a transfer's barrier that nobody has initialised");
+  return found->second;
+}
+
+void end_phase(TransferBarrier& state) {
+  if (!state.expected || state.missing != 0) return;
+  state.expected = false;
+  ++state.phase;
+  for (Thread* thread : state.waiting) wake(*thread);
+  state.waiting.clear();
+}
+
 }  // namespace
 
 Shared::Shared(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))), bytes(bytes) {
@@ -97,6 +111,12 @@ void fetch_add(unsigned* flag, unsigned value) {
 
 void read_row(void* to, const void* row, size_t bytes) { std::memcpy(to, row, bytes); }
 
+void transfer_init(uint64_t* barrier) {
+  if (!in_shared(*current->block, barrier)) fault("a transfer's barrier outside shared memory");
+  *barrier = 0;
+  group.barriers[barrier] = {};
+}
+
 void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place place) {
   const auto misaligned = [&](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) != 0;
@@ -131,6 +151,47 @@ void copy_wait(int pending_groups) {
     groups.erase(groups.begin(), end);
   }
   yield();
+}
+
+void transfer_expect(uint64_t* barrier, unsigned bytes) {
+  TransferBarrier& state = barrier_at(barrier);
+  if (state.expected) fault("a transfer's bytes are expected twice in one phase");
+  state.expected = true;
+  state.missing += bytes;
+  end_phase(state);
+  progress();
+  yield();
+}
+
+void transfer_send(void* to, const void* value, size_t bytes, uint64_t* barrier, unsigned rank,
+                   Place place) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) {
+    fault("misaligned transfer of %zu bytes at %s:%d", bytes, place.file, place.line);
+  }
+  Transfer transfer{static_cast<char*>(map_shared(to, rank)), {}, bytes,
+                    static_cast<uint64_t*>(map_shared(barrier, rank))};
+  std::memcpy(transfer.value, value, bytes);
+  std::memset(transfer.to, kPoison, bytes);
+  group.transfers.push_back(transfer);
+  progress();
+  yield();
+}
+
+void deliver(const Transfer& transfer) {
+  std::memcpy(transfer.to, transfer.value, transfer.bytes);
+  TransferBarrier& state = barrier_at(transfer.barrier);
+  state.missing -= static_cast<int64_t>(transfer.bytes);
+  end_phase(state);
+}
+
+void transfer_wait(const uint64_t* barrier, unsigned parity, Place place) {
+  TransferBarrier& state = barrier_at(barrier);
+  progress();
+  if (state.phase % 2 != parity) return yield();
+  current->state = State::at_transfer;
+  current->place = place;
+  state.waiting.push_back(current);
+  wait();
 }
 
 }  // namespace simt

@@ -18,7 +18,6 @@ constexpr int kRedraw = 1024;  // switches, on average, after which urgencies ar
 uint64_t random_state;
 std::vector<std::unique_ptr<Thread>> pool;  // kept from group to group: stacks are costly
 Thread host;                                // stands for the caller of run_grid
-Group group;
 
 uint64_t random_bits() {
   uint64_t x = random_state += 0x9e3779b97f4a7c15u;
@@ -56,6 +55,7 @@ const char* wait_name(State state) {
     case State::at_barrier: return "wait at __syncthreads";
     case State::at_cluster_barrier: return "wait at the cluster's barrier";
     case State::at_exchange: return "wait at a warp exchange";
+    case State::at_transfer: return "wait for a transfer";
     default: return "run";
   }
 }
@@ -89,6 +89,15 @@ size_t pick(const std::vector<size_t>& order, bool by_urgency, CanRun can_run) {
   for (size_t i = by_urgency ? 0 : random_below(count);; i = i + 1 == count ? 0 : i + 1) {
     if (can_run(order[i])) return order[i];
   }
+}
+
+void deliver_one() {
+  std::vector<Transfer>& all = group.transfers;
+  const size_t chosen = random_below(all.size());
+  const Transfer transfer = all[chosen];
+  all[chosen] = all.back();
+  all.pop_back();
+  deliver(transfer);
 }
 
 Thread& take_next() {
@@ -192,6 +201,7 @@ void run_group(const Shape& shape, const std::vector<size_t>& numbers,
   group.blocks_by_urgency = coin();
   group.warps_by_urgency = coin();
   group.threads_by_urgency = coin();
+  group.prompt_transfers = coin();
   while (pool.size() < blocks * threads) {
     pool.push_back(std::make_unique<Thread>());
     make_fiber(pool.back()->fiber, thread_main, pool.size());
@@ -213,12 +223,19 @@ void run_group(const Shape& shape, const std::vector<size_t>& numbers,
     }
   }
   wait();
+  for (const auto& [address, barrier] : group.barriers) {
+    if (barrier.missing < 0) {
+      fault("transfers brought %lld bytes more than expected",
+            static_cast<long long>(-barrier.missing));
+    }
+  }
   group = {};
 }
 
 }  // namespace
 
 Thread* current = &host;
+Group group;
 
 void fault(const char* format, ...) {
   va_list arguments;
@@ -246,6 +263,8 @@ void wake(Thread& thread) {
 }
 
 void wait() {
+  if (group.prompt_transfers && !group.transfers.empty() && coin()) deliver_one();
+  while (!group.transfers.empty() && !any_can_run()) deliver_one();
   if (!any_can_run()) {
     if (group.exited == static_cast<int>(group.threads.size())) {
       switch_to(host);

@@ -11,7 +11,7 @@
 // Shared memory is fresh for every block, filled with bits that are NaN in every floating type, and
 // allocated to its exact size, so that the address sanitizer sees an access past its end; so it
 // does an access to another block's before that runs or once it has returned. An asynchronous copy
-// poisons its destination at once and happens at the wait. Global memory is whatever the host
+// or transfer poisons its destination at once and happens later. Global memory is whatever the host
 // allocated.
 //
 // A thread that polls a flag lets others run until one writes a flag. When nothing but polls has
@@ -148,6 +148,13 @@ void* dynamic_shared();
 // One allocation a block for each tag.
 void* static_shared(const void* tag, size_t bytes);
 void* map_shared(void* pointer, unsigned rank);
+
+// What is sent arrives in any order, at once or as late as can be, and is poison until then.
+void transfer_init(uint64_t* barrier);
+void transfer_expect(uint64_t* barrier, unsigned bytes);
+void transfer_send(void* to, const void* value, size_t bytes, uint64_t* barrier, unsigned rank,
+                   Place place);
+void transfer_wait(const uint64_t* barrier, unsigned parity, Place place);
 
 void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place place);
 void copy_commit();
