@@ -1,9 +1,8 @@
-"""CUDA kernels without a GPU: the emulation, the kernels run in it, what nvcc makes of them."""
+"""CUDA kernels without a GPU: the emulation itself. Each family has its own file."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
-from simt import layer_norm, nvcc
-from simt.layer_norm import Norm, check_backward, check_forward, run_backward, run_forward
+from simt import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 Layout = Callable[[int, int], tuple[int, int]]
@@ -31,12 +29,6 @@ def program() -> Path:
 @pytest.fixture(scope="session")
 def checks(program: Path) -> Iterator[simt_host.Host]:
     with simt_host.Host(program) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def host(program: Path) -> Iterator[simt_host.Host]:
-    with simt_host.Host(simt_host.build("layer_norm")) as running:
         yield running
 
 
@@ -263,6 +255,60 @@ def test_launch_errors(checks: simt_host.Host) -> None:
     assert checks.call("launch_error", [], [1, 32, (48 << 10) + 1, 1, 0, 0]) == "invalid argument"
 
 
+# Accesses that nothing puts in an order, found under any schedule.
+
+
+@pytest.fixture(scope="session")
+def racing(program: Path) -> Path:
+    return simt_host.build("checks", races=True)
+
+
+def run_check(host: simt_host.Host, name: str, seed: int) -> None:
+    if name.startswith(("cluster", "transfer")):
+        assert run_cluster(host, name, 1, 4, seed)
+    elif name.startswith("grid"):
+        assert run_cooperative(host, name, 5, seed)
+    else:
+        buffers = [np.zeros(320, np.float32) for _ in range(2)]
+        assert host.call(name, buffers, [0, 0, 1, 0, 5], seed=seed) is None
+
+
+@pytest.mark.parametrize("name", ["cluster", "transfer", "grid", "copy", "reverse", "atomics"])
+def test_no_race_where_there_is_none(racing: Path, name: str) -> None:
+    with simt_host.Host(racing) as running:
+        for seed in range(4):
+            run_check(running, name, seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "accesses"),
+    [
+        ("cluster_no_first", {"reads", "writes"}),
+        ("cluster_no_step", {"reads", "writes"}),
+        ("cluster_one_buffer", {"reads", "writes"}),
+        ("cluster_no_block", {"reads", "writes"}),
+        ("transfer_no_step", {"reads", "writes"}),
+        ("transfer_one_buffer", {"reads", "writes"}),
+        ("grid_no_block", {"reads", "writes"}),
+        ("copy_no_barrier", {"reads", "writes"}),
+        ("reverse_without_barrier", {"reads", "writes"}),
+        ("same_element", {"writes"}),
+    ],
+)
+def test_races_are_found(racing: Path, name: str, accesses: set[str]) -> None:
+    for seed in range(3):
+        with simt_host.Host(racing) as running, pytest.raises(simt_host.Fault) as caught:
+            run_check(running, name, seed)
+        found = re.fullmatch(
+            r"simt: race: thread \d+ of block \d+ (\w+) at (\S+:\d+).*, "
+            r"thread \d+ of block \d+ (\w+) at (\S+:\d+).*\n",
+            str(caught.value),
+        )
+        assert found is not None, caught.value
+        assert {found[1], found[3]} == accesses
+        assert re.match(r"checks(_group)?\.cpp|memory\.cpp", found[2])
+
+
 # Warps.
 
 
@@ -385,192 +431,7 @@ def test_tf32_rounding(checks: simt_host.Host) -> None:
     np.testing.assert_array_equal(results[numbers], half_away)
 
 
-# LayerNorm and RMSNorm.
-
-PLAIN = [
-    Norm(),
-    Norm("bf16", output="bf16", weight="bf16", bias="bf16"),
-    Norm("f16", output="f16", weight="f32", bias="f16", rms=True),
-    Norm("f32", output="bf16", weight="f16", bias=None),
-]
-RESIDUAL = [
-    Norm("bf16", "f32", "bf16", weight="bf16", bias=None, dropout=0.25, rms=True),
-    Norm("f16", "f16", "f16", weight=None, bias="f16", dropout=0.5),
-    Norm("bf16", "bf16", "f32", weight="f32", bias="bf16"),
-    Norm("f32", "f32", "f32", dropout=0.1),
-]
-LENGTHS = [1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257, 769, 1024, 1128, 4099]
-SHAPES = list(itertools.product([0, 1, 3, 37], LENGTHS))
-
-
-# Over the shapes each test takes every norm in turn; the pairing changes with each length.
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("rows", [0, 1, 3, 37])
-def test_layer_norm_shapes(host: simt_host.Host, rows: int, length: int) -> None:
-    turn = SHAPES.index((rows, length)) + rows
-    for norm in (PLAIN[turn % 4], RESIDUAL[(turn // 4 + turn) % 4]):
-        check_forward(host, norm, (rows, length))
-        check_backward(host, norm, (rows, length))
-
-
-@pytest.mark.parametrize("length", [64, 260])
-@pytest.mark.parametrize("norm", PLAIN + RESIDUAL, ids=str)
-def test_layer_norm_dtypes(host: simt_host.Host, norm: Norm, length: int) -> None:
-    for layout in ("contiguous", "padded", "ragged", "shifted", "permuted", "broadcast"):
-        changed = dataclasses.replace(norm, layout=layout)
-        check_forward(host, changed, (13, length))
-        check_backward(host, changed, (13, length))
-
-
-# Rows that fill several vectors a thread, and rows too long for registers, for each vector width.
-@pytest.mark.parametrize("length", [4096, 8192, 8193, 8196, 16400])
-def test_layer_norm_long_rows(host: simt_host.Host, length: int) -> None:
-    for norm in (PLAIN[1], RESIDUAL[0]) if length > 16384 else (*PLAIN[:2], *RESIDUAL[::3]):
-        check_forward(host, norm, (2, length))
-        check_backward(host, norm, (2, length))
-
-
-@pytest.mark.parametrize(("norm", "length"), [(PLAIN[1], 264), (RESIDUAL[3], 769)], ids=str)
-def test_layer_norm_rows_do_not_depend_on_the_batch(
-    host: simt_host.Host, norm: Norm, length: int
-) -> None:
-    few, many = (run_forward(host, norm, (rows, length))[0] for rows in (2, 300))
-    np.testing.assert_array_equal(few.values(), many.values()[:2])
-    few, many = (run_backward(host, norm, (rows, length))["grad_x"] for rows in (2, 100))
-    np.testing.assert_array_equal(few.values(), many.values()[:2])
-
-
-# Without a sum over rows the grid is another, without a gradient of rows a part of the kernel is
-# left out; long rows have a kernel for each.
-@pytest.mark.parametrize("length", [65, 1024, 8196])
-def test_layer_norm_gradients_do_not_depend_on_each_other(
-    host: simt_host.Host, length: int
-) -> None:
-    norm = RESIDUAL[3]
-    every = run_backward(host, norm, (9, length))
-    for wanted in (["grad_x"], ["grad_input"], ["grad_weight"], ["grad_bias"]):
-        some = run_backward(host, norm, (9, length), wanted=wanted)
-        assert list(some) == wanted
-        for name, value in some.items():
-            np.testing.assert_array_equal(
-                getattr(value, "data", value), getattr(every[name], "data", every[name])
-            )
-
-
-def test_layer_norm_mean_far_above_deviation(host: simt_host.Host) -> None:
-    for length in (64, 1024, 8196):
-        norm = Norm(mean=1000.0)
-        check_forward(host, norm, (3, length))
-        check_backward(host, norm, (3, length))
-
-
-@pytest.mark.parametrize("length", [48, 769, 1024])
-def test_layer_norm_same_bits_under_every_schedule(host: simt_host.Host, length: int) -> None:
-    norm = RESIDUAL[0]
-    forward, backward = set(), set()
-    for seed in range(4):
-        output, new_residual, _, rstd = run_forward(host, norm, (5, length), seed)
-        assert new_residual is not None
-        forward.add(output.data.tobytes() + new_residual.data.tobytes() + rstd.tobytes())
-        result = run_backward(host, norm, (5, length), seed)
-        parts = [getattr(value, "data", value) for value in result.values()]
-        backward.add(b"".join(bytes(part) for part in parts))
-    assert len(forward) == len(backward) == 1
-
-
-def test_layer_norm_propagates_nan_and_infinity(
-    host: simt_host.Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = layer_norm.parameters
-
-    def poisoned(norm: Norm, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        given = original(norm, shape)
-        given["input"][1, 5] = np.nan
-        given["input"][2, 6] = np.inf
-        return given
-
-    monkeypatch.setattr(layer_norm, "parameters", poisoned)
-    norm = Norm("bf16", output="bf16")
-    for length in (40, 257):
-        output = run_forward(host, norm, (4, length))[0].values()
-        source = torch.from_numpy(poisoned(norm, (4, length))["input"])
-        expected = torch.nn.functional.layer_norm(source, (length,)).numpy()
-        np.testing.assert_array_equal(np.isnan(output), np.isnan(expected))
-        assert np.isfinite(output[[0, 3]]).all()
-
-
-def test_layer_norm_refusals(host: simt_host.Host) -> None:
-    arguments = layer_norm.Arguments()
-    arguments.integers += [1, 4]
-    layer_norm.add_matrix(arguments, layer_norm.Matrix((1, 4), "f64").fill(np.ones((1, 4))))
-    arguments.absent(3)
-    arguments.absent(0)
-    arguments.absent(0)
-    arguments.integers += [-1, 0, 0]
-    arguments.reals += [1.0, 1e-5]
-    arguments.integers.append(0)
-    layer_norm.add_matrix(arguments, layer_norm.Matrix((1, 4), "f64"))
-    arguments.absent(3)
-    arguments.absent(0)
-    arguments.absent(0)
-    error = host.call("layer_norm_forward", arguments.buffers, arguments.integers, arguments.reals)
-    assert error == "layer_norm: the CUDA kernels have no float64"
-
-
-# What nvcc makes of the kernels.
-
-# Registers of a thread on sm_80, sm_90a and sm_100, as compiled by nvcc 13.0. More than recorded
-# means fewer threads on an SM: find out why before raising a figure.
-REGISTERS = {
-    "forward_kernel<1, 4, false>": (40, 40, 40),
-    "forward_kernel<1, 4, true>": (38, 42, 40),
-    "forward_kernel<1, 16, false>": (56, 56, 62),
-    "forward_kernel<1, 16, true>": (63, 63, 64),
-    "forward_kernel<4, 1, false>": (38, 37, 40),
-    "forward_kernel<4, 1, true>": (42, 42, 40),
-    "forward_kernel<4, 4, false>": (44, 47, 48),
-    "forward_kernel<4, 4, true>": (64, 64, 62),
-    "forward_kernel<8, 1, false>": (52, 50, 48),
-    "forward_kernel<8, 1, true>": (56, 56, 60),
-    "forward_kernel<8, 4, false>": (58, 60, 64),
-    "forward_kernel<8, 4, true>": (128, 128, 111),
-    "forward_long_kernel<1>": (38, 32, 32),
-    "forward_long_kernel<4>": (32, 30, 35),
-    "forward_long_kernel<8>": (57, 57, 54),
-    "backward_kernel<1, 4>": (63, 60, 64),
-    "backward_kernel<1, 16>": (128, 128, 126),
-    "backward_kernel<4, 1>": (60, 63, 58),
-    "backward_kernel<4, 4>": (128, 128, 128),
-    "backward_kernel<8, 1>": (74, 75, 100),
-    "backward_kernel<8, 2>": (127, 128, 128),
-    "backward_long_kernel<1>": (47, 39, 51),
-    "backward_long_kernel<4>": (47, 39, 52),
-    "backward_long_kernel<8>": (51, 44, 64),
-    "column_sums_kernel<1>": (26, 29, 28),
-    "column_sums_kernel<4>": (38, 27, 28),
-    "column_sums_kernel<8>": (54, 42, 47),
-    "finish_columns_kernel": (29, 28, 31),
-}
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-
-
-def wide_accesses(name: str) -> tuple[int, int] | None:
-    """The 128-bit loads and stores that the kernels with rows in registers must have.
-
-    A vector of 8 is one access for a 16-bit dtype and two for float32, both present since the dtype
-    is a run-time value; a vector of 4 is 128 bits for float32 only.
-    """
-    kernel, _, rest = name.rstrip(">").partition("<")
-    if kernel not in ("forward_kernel", "backward_kernel"):
-        return None
-    vector, chunks, *residual = rest.split(", ")
-    either, float32 = {"8": (3, 2), "4": (1, 1), "1": (0, 0)}[vector]
-    if kernel == "forward_kernel":  # input weight bias residual; output new_residual
-        added = int(residual == ["true"])
-        return (3 + added) * int(chunks) * either, (1 + added) * int(chunks) * either
-    # grad_output x grad_new_residual weight; grad_x grad_input and two rows of partial sums
-    return 4 * int(chunks) * either, 2 * int(chunks) * (either + float32)
-
+# What nvcc makes of the checks.
 
 # The emulation's own checks are CUDA, and its words become the instructions that they are for.
 INSTRUCTIONS = {
@@ -587,7 +448,7 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_checks_are_cuda(arch: str) -> None:
     folder = ROOT / "tests" / "simt"
     report = {}
@@ -597,19 +458,3 @@ def test_checks_are_cuda(arch: str) -> None:
         if arch == "sm_80" and name.startswith(("cluster", "transfer")):
             continue  # traps there
         assert expected <= report[name].opcodes, name
-
-
-@pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_codegen(arch: str) -> None:
-    report = nvcc.nvcc_report(ROOT / "csrc" / "cuda" / "layer_norm.cu", arch)
-    assert set(report) == set(REGISTERS)
-    for name, kernel in report.items():
-        assert (kernel.spill_bytes, kernel.stack_bytes, kernel.local_accesses) == (0, 0, 0), name
-        assert kernel.registers <= REGISTERS[name][ARCHITECTURES.index(arch)], name
-        assert kernel.shared_bytes <= 2048, name
-        accesses = wide_accesses(name)
-        if accesses is not None:
-            assert (kernel.loads_128, kernel.stores_128) == accesses, name
-        elif name.endswith(("<4>", "<8>")):
-            assert min(kernel.loads_128, kernel.stores_128) > 0, name

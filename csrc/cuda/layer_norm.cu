@@ -20,7 +20,7 @@
 //
 // The kernels exist for their launch (3 us, where a launch from Python costs several times that),
 // so small and middle sizes decide the configuration: layer_norm_launch.h has it, with reasons.
-// Registers: at most 128 by launch bounds; tests/test_simt.py records what each kernel takes. Only
+// Registers: at most 128 by launch bounds; tests/test_simt_layer_norm.py has what each takes. Only
 // the vector width and the number of vectors a thread are template parameters; dtypes are run-time
 // values (fragment.cuh), which keeps this file to 28 kernels.
 //

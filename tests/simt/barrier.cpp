@@ -19,7 +19,12 @@ void sync_block(Place place) {
   current->place = place;
   if (++block.at_barrier == block.thread_count) {
     block.at_barrier = 0;
-    for (int i = 0; i < block.thread_count; ++i) wake(*block.threads[i]);
+    std::vector<Clock*> clocks;
+    for (int i = 0; i < block.thread_count; ++i) {
+      wake(*block.threads[i]);
+      clocks.push_back(&block.threads[i]->clock);
+    }
+    meet(clocks);
   }
   wait();
 }
@@ -41,7 +46,10 @@ void cluster_arrive(Place place) {
   self.arrived = true;
   self.round = cluster.round;
   progress();
+  cluster.released.push_back(release(self.clock));
   if (++cluster.arrived == cluster.threads) {
+    cluster.known = merge(cluster.released);
+    cluster.released.clear();
     cluster.arrived = 0;
     ++cluster.round;
     for (Thread* thread : cluster.waiting) wake(*thread);
@@ -58,11 +66,15 @@ void cluster_wait(Place place) {
   }
   self.arrived = false;
   progress();
-  if (self.round != cluster.round) return yield();
-  self.state = State::at_cluster_barrier;
-  self.place = place;
-  cluster.waiting.push_back(&self);
-  wait();
+  if (self.round != cluster.round) {
+    yield();
+  } else {
+    self.state = State::at_cluster_barrier;
+    self.place = place;
+    cluster.waiting.push_back(&self);
+    wait();
+  }
+  acquire(self.clock, cluster.known);
 }
 
 unsigned cluster_rank() { return current->block->rank; }

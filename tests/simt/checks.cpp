@@ -51,6 +51,8 @@ __global__ void misaligned_kernel(float* to, int index) {
   *reinterpret_cast<uint4*>(to + index) = make_uint4(0, 0, 0, 0);
 }
 
+__global__ void same_element_kernel(float* to) { to[threadIdx.x / 2] = 1; }
+
 __global__ void missed_barrier_kernel(float* to) {
   if (threadIdx.x < 16) __syncthreads();
   to[threadIdx.x] = 1;
@@ -134,6 +136,7 @@ void add_functions(Functions& functions) {
   functions["static_shared"] = with_index(&static_shared_kernel);
   functions["global"] = with_index(&global_kernel);
   functions["misaligned"] = with_index(&misaligned_kernel);
+  functions["same_element"] = on_one_warp(&same_element_kernel);
   functions["missed_barrier"] = on_one_warp(&missed_barrier_kernel);
   functions["divergent_barrier"] = on_one_warp(&divergent_barrier_kernel);
   functions["missing_lane"] = on_one_warp(&missing_lane_kernel);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "races.h"
 #include "simt.h"
 
 namespace simt {
@@ -36,6 +37,7 @@ struct Transfer {
   char value[16];
   size_t bytes;
   const uint64_t* barrier;
+  Clock sender;
 };
 
 // A barrier that counts bytes: in its phase, whether some are expected yet, and what is missing.
@@ -44,6 +46,8 @@ struct TransferBarrier {
   bool expected = false;
   int64_t missing = 0;
   std::vector<Thread*> waiting;
+  std::vector<Clock> released;
+  Known known;  // when the last phase ended
 };
 
 struct Thread {
@@ -62,6 +66,7 @@ struct Thread {
   bool arrived = false;
   unsigned round = 0;
   int polls = 0;  // since it last did anything else
+  Clock clock;
   std::vector<std::vector<Copy>> copies{1};  // committed groups, and the open one
 };
 
@@ -90,6 +95,8 @@ struct Cluster {
   int threads = 0, arrived = 0;
   unsigned round = 0;
   std::vector<Thread*> waiting;
+  std::vector<Clock> released;
+  Known known;  // when the last round ended
 };
 
 struct Block {
@@ -117,6 +124,7 @@ struct Group {
   bool blocks_by_urgency = false, warps_by_urgency = false, threads_by_urgency = false;
   std::vector<Transfer> transfers;
   std::map<const uint64_t*, TransferBarrier> barriers;
+  std::map<const void*, Known> flags;
   bool prompt_transfers = false;  // else only when nothing else can go on
   int exited = 0, idle_rounds = 0;
 };

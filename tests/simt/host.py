@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,9 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
 # The other end of Host, and the emulation: what touches memory that kernels own, and the rest.
 COMMON = [HERE / f"{name}.cpp" for name in ("server", "memory")]
-SCHEDULER = [HERE / f"{name}.cpp" for name in ("fiber", "simt", "barrier", "warp", "launch")]
+SCHEDULER = [
+    HERE / f"{name}.cpp" for name in ("fiber", "simt", "barrier", "warp", "launch", "races")
+]
 # A program for each, so that a change in one compiles no other.
 PROGRAMS = {
     "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],
@@ -32,7 +35,6 @@ FLAGS = ["-std=c++17", "-g1", "-Wall"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNEL_FLAGS = [
     *FLAGS,
-    *SANITIZE,
     "-O1",
     "-fno-strict-aliasing",  # kernels read memory as the vectors the hardware has
     "-ftrivial-auto-var-init=pattern",  # a variable nobody set has the same wrong value every time
@@ -40,7 +42,7 @@ KERNEL_FLAGS = [
     "-Wno-maybe-uninitialized",  # words that a dtype's width leaves unused
 ]
 # Half of the time of the tests is in it, and sanitizers would double that.
-SCHEDULER_FLAGS = [*FLAGS, "-O2", "-DSIMT_SANITIZED"]
+SCHEDULER_FLAGS = [*FLAGS, "-O2"]
 
 
 class Fault(Exception):
@@ -51,20 +53,28 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(name: str) -> Path:
-    """The path of one of PROGRAMS; compiles what includes a file that has changed."""
+def build(name: str, races: bool = False) -> Path:
+    """The path of one of PROGRAMS; compiles what includes a file that has changed.
+
+    ``races``: every access of a kernel to memory of its own is checked for an order with the others
+    (``races.cpp``), in place of the sanitizers.
+    """
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler")
     version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
     BUILD.mkdir(parents=True, exist_ok=True)
-    compiled = [(source, SCHEDULER_FLAGS) for source in SCHEDULER]
-    compiled += [(source, KERNEL_FLAGS) for source in COMMON + PROGRAMS[name]]
+    sanitize = [] if races else SANITIZE
+    scheduler = [*SCHEDULER_FLAGS, *([] if races else ["-DSIMT_SANITIZED"])]
+    kernels = [*KERNEL_FLAGS, *(["-fsanitize=thread"] if races else SANITIZE)]
+    compiled = [(source, scheduler) for source in SCHEDULER]
+    compiled += [(source, [*KERNEL_FLAGS, *sanitize]) for source in COMMON]
+    compiled += [(source, kernels) for source in PROGRAMS[name]]
     objects = [_object(cxx, version, source, flags) for source, flags in compiled]
     digest = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
     program = BUILD / f"{name}-{digest[:16]}"
     if not program.exists():
-        _create(program, [cxx, *SANITIZE, *map(str, objects)])
+        _create(program, [cxx, *sanitize, *map(str, objects)])
     return program
 
 
@@ -108,6 +118,7 @@ class Host:
     """A running program; ``call`` runs one function in it. A fault ends it for good."""
 
     def __init__(self, program: Path) -> None:
+        self._program = program
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         # Leaks are not what is looked for, and LeakSanitizer needs ptrace, which containers forbid.
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": ""}
@@ -166,4 +177,13 @@ class Host:
     def _fail(self) -> None:
         self._process.wait()
         self._errors.seek(0)
-        raise Fault(self._errors.read().decode(errors="replace")[:4000])
+        report = self._errors.read().decode(errors="replace")[:4000]
+        raise Fault(re.sub("<([0-9a-f]+)>", self._line, report))
+
+    def _line(self, address: re.Match[str]) -> str:
+        """Where in the sources a call returns to, the innermost of inlined functions first."""
+        before = f"{int(address[1], 16) - 1:x}"
+        command = ["addr2line", "-i", "-s", "-e", str(self._program), before]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = re.findall(r"[^\s:]+:[0-9]+", found.stdout)
+        return " in ".join(lines) or address[0]

@@ -40,14 +40,27 @@ void end_phase(TransferBarrier& state) {
   if (!state.expected || state.missing != 0) return;
   state.expected = false;
   ++state.phase;
+  if (check_races) {
+    if (state.known != nullptr) state.released.push_back({state.known, 0, 0});
+    state.known = merge(state.released);
+  }
+  state.released.clear();
   for (Thread* thread : state.waiting) wake(*thread);
   state.waiting.clear();
+}
+
+void release_flag(const void* flag) {
+  Known& known = group.flags[flag];
+  std::vector<Clock> released{release(current->clock)};
+  if (known != nullptr) released.push_back({known, 0, 0});
+  known = merge(released);
 }
 
 }  // namespace
 
 Shared::Shared(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))), bytes(bytes) {
   std::memset(data, kPoison, bytes);
+  watch(data, bytes, true);
 }
 
 Shared::Shared(Shared&& other) noexcept
@@ -56,6 +69,7 @@ Shared::Shared(Shared&& other) noexcept
 Shared::~Shared() {
   if (data == nullptr) return;
   open(true);
+  watch(data, bytes, false);
   std::free(data);
 }
 
@@ -96,15 +110,23 @@ void* map_shared(void* pointer, unsigned rank) {
 
 unsigned load_acquire(const unsigned* flag, Place place) {
   poll(place);
+  acquire(current->clock, group.flags[flag]);
   return *flag;
 }
 
+void order_atomic(const void* at) {
+  acquire(current->clock, group.flags[at]);
+  release_flag(at);
+}
+
 void store_release(unsigned* flag, unsigned value) {
+  release_flag(flag);
   *flag = value;
   written();
 }
 
 void fetch_add(unsigned* flag, unsigned value) {
+  release_flag(flag);
   *flag += value;
   written();
 }
@@ -131,6 +153,7 @@ void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place pl
     fault("asynchronous copy to what is not the block's shared memory at %s:%d", place.file,
           place.line);
   }
+  access(to, static_cast<size_t>(bytes), true);
   std::memset(to, kPoison, static_cast<size_t>(bytes));
   current->copies.back().push_back({to, from, bytes, valid_bytes});
 }
@@ -144,6 +167,8 @@ void copy_wait(int pending_groups) {
     const auto end = groups.end() - static_cast<ptrdiff_t>(kept);
     for (auto copies = groups.begin(); copies != end; ++copies) {
       for (const Copy& copy : *copies) {
+        access(copy.from, static_cast<size_t>(copy.valid_bytes), false);
+        access(copy.to, static_cast<size_t>(copy.bytes), true);
         std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
         std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
       }
@@ -158,6 +183,7 @@ void transfer_expect(uint64_t* barrier, unsigned bytes) {
   if (state.expected) fault("a transfer's bytes are expected twice in one phase");
   state.expected = true;
   state.missing += bytes;
+  state.released.push_back(release(current->clock));
   end_phase(state);
   progress();
   yield();
@@ -169,8 +195,10 @@ void transfer_send(void* to, const void* value, size_t bytes, uint64_t* barrier,
     fault("misaligned transfer of %zu bytes at %s:%d", bytes, place.file, place.line);
   }
   Transfer transfer{static_cast<char*>(map_shared(to, rank)), {}, bytes,
-                    static_cast<uint64_t*>(map_shared(barrier, rank))};
+                    static_cast<uint64_t*>(map_shared(barrier, rank)), {}};
   std::memcpy(transfer.value, value, bytes);
+  access(transfer.to, bytes, true);
+  transfer.sender = release(current->clock);
   std::memset(transfer.to, kPoison, bytes);
   group.transfers.push_back(transfer);
   progress();
@@ -181,17 +209,22 @@ void deliver(const Transfer& transfer) {
   std::memcpy(transfer.to, transfer.value, transfer.bytes);
   TransferBarrier& state = barrier_at(transfer.barrier);
   state.missing -= static_cast<int64_t>(transfer.bytes);
+  state.released.push_back(transfer.sender);
   end_phase(state);
 }
 
 void transfer_wait(const uint64_t* barrier, unsigned parity, Place place) {
   TransferBarrier& state = barrier_at(barrier);
   progress();
-  if (state.phase % 2 != parity) return yield();
-  current->state = State::at_transfer;
-  current->place = place;
-  state.waiting.push_back(current);
-  wait();
+  if (state.phase % 2 != parity) {
+    yield();
+  } else {
+    current->state = State::at_transfer;
+    current->place = place;
+    state.waiting.push_back(current);
+    wait();
+  }
+  acquire(current->clock, state.known);
 }
 
 }  // namespace simt

@@ -1,5 +1,6 @@
 #include "server.h"
 
+#include "races.h"
 #include "simt.h"
 
 namespace simt {
@@ -57,7 +58,13 @@ int main() {
   simt::add_functions(functions);
   for (;;) {
     simt::Request request = simt::read_request();
+    for (size_t i = 0; i < request.buffers.size(); ++i) {
+      simt::watch(request.buffers[i].get(), static_cast<size_t>(request.sizes[i]), true);
+    }
     const auto found = functions.find(request.name);
     simt::reply(request, found == functions.end() ? "no such function" : found->second(request));
+    for (size_t i = 0; i < request.buffers.size(); ++i) {
+      simt::watch(request.buffers[i].get(), static_cast<size_t>(request.sizes[i]), false);
+    }
   }
 }

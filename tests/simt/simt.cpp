@@ -222,6 +222,9 @@ void run_group(const Shape& shape, const std::vector<size_t>& numbers,
       start_block(block, (c * size + rank) * threads, shape.shared_bytes);
     }
   }
+  std::vector<Clock*> clocks;
+  for (Thread* thread : group.threads) clocks.push_back(&thread->clock);
+  start_clocks(clocks.size(), clocks);
   wait();
   for (const auto& [address, barrier] : group.barriers) {
     if (barrier.missing < 0) {

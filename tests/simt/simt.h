@@ -21,6 +21,9 @@
 // that takes no part; threads that wait for ever) is printed as one line "simt: ..." and ends the
 // process with kFaultStatus.
 //
+// Built for it (host.py), a program checks in place of the sanitizers that whatever touches the
+// same memory is ordered by barriers, flags or transfers under any schedule (races.cpp).
+//
 // Stricter than the hardware: a barrier, of a cluster too, wants also the threads that have
 // returned. Not modelled: memory ordering weaker than program order, warps in lockstep, timing,
 // polling by plain loads (which would never end here).
@@ -130,6 +133,7 @@ int lane();
 
 // Every lane takes the value of its source lane.
 uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Place place);
+void sync_warp(unsigned mask, Place place);
 // The lanes whose predicate holds.
 unsigned ballot(unsigned mask, bool predicate, Place place);
 
@@ -138,6 +142,8 @@ void yield();
 void poll(Place place);
 void written();
 
+// Before an atomic.
+void order_atomic(const void* at);
 unsigned load_acquire(const unsigned* flag, Place place);
 void store_release(unsigned* flag, unsigned value);
 void fetch_add(unsigned* flag, unsigned value);

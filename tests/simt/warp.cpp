@@ -53,6 +53,14 @@ void combine_exchange(void* const (&brought)[kWarp], Place place) {
   }
 }
 
+void combine_clocks(void* const (&brought)[kWarp], Place) {
+  std::vector<Clock*> clocks;
+  for (void* one : brought) {
+    if (one != nullptr) clocks.push_back(static_cast<Clock*>(one));
+  }
+  meet(clocks);
+}
+
 struct Vote {
   bool predicate;
   unsigned result;
@@ -176,6 +184,10 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Place place) {
   return mine.result;
 }
 
+void sync_warp(unsigned mask, Place place) {
+  collective(mask, &current->clock, combine_clocks, place);
+}
+
 unsigned ballot(unsigned mask, bool predicate, Place place) {
   Vote mine{predicate, 0};
   collective(mask, &mine, combine_votes, place);
@@ -190,6 +202,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Format f
 
 void ldmatrix(uint32_t* to, int matrices, const void* row, bool transposed, Place place) {
   MatrixLoad mine{to, row, matrices, transposed};
+  if (lane() < 8 * matrices) access(row, 16, false);
   collective(kAllLanes, &mine, combine_loads, place);
 }
 

@@ -157,7 +157,9 @@ inline void __threadfence_block() { simt::yield(); }
 
 // Atomics. One that changes nothing is a poll.
 template <typename T, typename Update>
-T simt_atomic(T* at, simt::Place place, Update update) {
+__attribute__((noinline, no_sanitize("thread"))) T simt_atomic(T* at, simt::Place place,
+                                                               Update update) {
+  simt::order_atomic(at);
   const T before = *at;
   const T after = update(before);
   *at = after;
@@ -193,7 +195,7 @@ T atomicCAS(T* at, T expected, T value, simt::Place place = simt::here()) {
 inline void __syncthreads(simt::Place place = simt::here()) { simt::sync_block(place); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::here()) {
-  simt::exchange(mask, 0, simt::lane(), place);
+  simt::sync_warp(mask, place);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Place place = simt::here()) {
