@@ -153,7 +153,7 @@ void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place pl
     fault("asynchronous copy to what is not the block's shared memory at %s:%d", place.file,
           place.line);
   }
-  access(to, static_cast<size_t>(bytes), true);
+  access(to, static_cast<size_t>(bytes), true, __builtin_return_address(0));
   std::memset(to, kPoison, static_cast<size_t>(bytes));
   current->copies.back().push_back({to, from, bytes, valid_bytes});
 }
@@ -161,14 +161,15 @@ void copy_async(void* to, const void* from, int bytes, int valid_bytes, Place pl
 void copy_commit() { current->copies.emplace_back(); }
 
 void copy_wait(int pending_groups) {
+  const void* const where = __builtin_return_address(0);
   std::vector<std::vector<Copy>>& groups = current->copies;
   const size_t kept = static_cast<size_t>(pending_groups) + 1;
   if (groups.size() > kept) {
     const auto end = groups.end() - static_cast<ptrdiff_t>(kept);
     for (auto copies = groups.begin(); copies != end; ++copies) {
       for (const Copy& copy : *copies) {
-        access(copy.from, static_cast<size_t>(copy.valid_bytes), false);
-        access(copy.to, static_cast<size_t>(copy.bytes), true);
+        access(copy.from, static_cast<size_t>(copy.valid_bytes), false, where);
+        access(copy.to, static_cast<size_t>(copy.bytes), true, where);
         std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
         std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
       }
@@ -197,7 +198,7 @@ void transfer_send(void* to, const void* value, size_t bytes, uint64_t* barrier,
   Transfer transfer{static_cast<char*>(map_shared(to, rank)), {}, bytes,
                     static_cast<uint64_t*>(map_shared(barrier, rank)), {}};
   std::memcpy(transfer.value, value, bytes);
-  access(transfer.to, bytes, true);
+  access(transfer.to, bytes, true, __builtin_return_address(0));
   transfer.sender = release(current->clock);
   std::memset(transfer.to, kPoison, bytes);
   group.transfers.push_back(transfer);

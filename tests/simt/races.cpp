@@ -168,8 +168,8 @@ void watch(const void* memory, size_t bytes, bool watched) {
   }
 }
 
-void access(const void* memory, size_t bytes, bool write) {
-  if (check_races) check(memory, bytes, write, __builtin_return_address(0));
+void access(const void* memory, size_t bytes, bool write, const void* where) {
+  if (check_races) check(memory, bytes, write, where);
 }
 
 }  // namespace simt

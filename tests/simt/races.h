@@ -30,7 +30,7 @@ void meet(const std::vector<Clock*>& clocks);
 
 // Memory that is checked, from now on or no more.
 void watch(const void* memory, size_t bytes, bool watched);
-// An access by the thread that runs now.
-void access(const void* memory, size_t bytes, bool write);
+// An access by the thread that runs now, which is to return to `where`.
+void access(const void* memory, size_t bytes, bool write, const void* where);
 
 }  // namespace simt

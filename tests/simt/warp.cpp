@@ -202,7 +202,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Format f
 
 void ldmatrix(uint32_t* to, int matrices, const void* row, bool transposed, Place place) {
   MatrixLoad mine{to, row, matrices, transposed};
-  if (lane() < 8 * matrices) access(row, 16, false);
+  if (lane() < 8 * matrices) access(row, 16, false, __builtin_return_address(0));
   collective(kAllLanes, &mine, combine_loads, place);
 }
 
