@@ -49,6 +49,9 @@ struct ScorePiece {
   float* grad = nullptr;            // backward: dp, and of it the gradient of the bias
   Vector grad_scores;               // backward: times cap'; may be grad itself
   const float* grad_lse = nullptr;  // backward: of every query; null: none
+  // Backward: delta of every query, where these keys are only some of those that lse is of; null:
+  // it is summed up here.
+  const float* delta = nullptr;
 };
 
 // Few queries against many keys.

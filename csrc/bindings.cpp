@@ -34,8 +34,9 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "float softcap, int threshold, float keep_scale, int[] geometry) -> ()");
   m.def(
       "attention_backward_rows(Tensor(a!) scores, Tensor(b!) grad, Tensor(c!) probabilities, "
-      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? bias, Tensor? mask, "
-      "Tensor? slopes, Tensor? seed, float scale, float softcap, int threshold, float keep_scale, "
+      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? delta, Tensor? bias, "
+      "Tensor? mask, Tensor? slopes, Tensor? seed, float scale, float softcap, int threshold, "
+      "float keep_scale, "
       "int[] geometry) -> ()");
   m.def(
       "attention_decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "

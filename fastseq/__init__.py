@@ -1,6 +1,6 @@
 """Fused GPU kernels for sequence models, as drop-in parts of PyTorch."""
 
-from . import functional, nn, ops
+from . import distributed, functional, nn, ops
 from .accelerate import accelerate, restore
 from .backends import BackendError, backends, current_backend, use_backend
 from .explain import explain
@@ -12,6 +12,7 @@ __all__ = [
     "accelerate",
     "backends",
     "current_backend",
+    "distributed",
     "explain",
     "functional",
     "nn",

@@ -262,7 +262,10 @@ void backward_row(const ScorePiece& args, int64_t r) {
     store_some<float>(s + j, power, count);
   }
   float delta = horizontal_sum<float>(sum);
-  if (args.grad_lse != nullptr && lse != kInfinity) delta -= args.grad_lse[row.statistics];
+  if (args.delta != nullptr)
+    delta = args.delta[row.statistics];
+  else if (args.grad_lse != nullptr && lse != kInfinity)
+    delta -= args.grad_lse[row.statistics];
   const float keep_scale = static_cast<float>(terms.dropout.scale);
   const bool separate = static_cast<void*>(ds) != static_cast<void*>(grad);
   for (int64_t j = 0; j < n; j += kWidth) {

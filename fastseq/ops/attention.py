@@ -101,12 +101,18 @@ def _forward_outputs(a: Forward) -> tuple[Tensor, Tensor]:
 
 _BACKWARD = f"""_attention_bwd(
     Tensor query, Tensor key, Tensor value, {_COMMON},
-    Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool bias_gradient
+    Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool bias_gradient,
+    Tensor? delta
 ) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"""
 
 
 class Backward(NamedTuple):
-    """The arguments of the backward op: the forward's, its results and their gradients."""
+    """The arguments of the backward op: the forward's, its results and their gradients.
+
+    With ``delta [B, H, Lq]`` the keys may be some of those that output and lse are of, as where
+    each process has a part of a sequence: it is ``sum_j p_ij dp_ij - dlse_i`` over all of them,
+    which the part alone does not tell (:func:`delta_of`).
+    """
 
     query: Tensor
     key: Tensor
@@ -130,6 +136,7 @@ class Backward(NamedTuple):
     output: Tensor
     lse: Tensor
     bias_gradient: bool
+    delta: Tensor | None
 
 
 def _backward_outputs(a: Backward) -> Tensors4:
@@ -295,6 +302,7 @@ def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
             a.grad_output[b, :, i],
             a.lse[b, :, i],
             None if a.grad_lse is None else a.grad_lse[b, :, i],
+            None if a.delta is None else a.delta[b, :, i],
             (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j]),
             part_of_bias,
         )
@@ -441,7 +449,7 @@ class AttentionFunction(torch.autograd.Function):
             return _differentiable(a, needs, grad_output, grad_lse)
         grads: dict[str, Tensor | None] = dict.fromkeys(Forward._fields)
         bias_gradient = needs["bias"]
-        made = backward_op(*a, grad_output, grad_lse, output, lse, bias_gradient)
+        made = backward_op(*a, grad_output, grad_lse, output, lse, bias_gradient, None)
         for name, grad in zip(("query", "key", "value"), made[:3], strict=True):
             grads[name] = grad if needs[name] else None
         if bias_gradient and a.bias is not None:
@@ -454,15 +462,19 @@ class AttentionFunction(torch.autograd.Function):
 _TENSORS = Forward._fields[: Forward._fields.index("scale")]
 
 
+def delta_of(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
+    """``dout_i . out_i - dlse_i``, in lse's dtype and shape."""
+    delta = (grad_output.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
+    return delta if grad_lse is None else delta - grad_lse.masked_fill(lse == -math.inf, 0.0)
+
+
 def _sink_gradient(
     sinks: Tensor, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor
 ) -> Tensor:
     """A sink is a key whose value is 0: ``-p_sink * delta``, summed over batch and queries."""
     compute = lse.dtype
     seen = lse > -math.inf
-    delta = (grad_output.to(compute) * output.to(compute)).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    delta = delta_of(grad_output, grad_lse, output, lse)
     weight = torch.where(seen, (sinks.to(compute)[:, None] - lse).exp(), 0.0)
     return -torch.where(seen, weight * delta, 0.0).sum((0, 2)).to(sinks.dtype)
 

@@ -237,6 +237,7 @@ def _backward_by_torch(
     piece: Piece,
     lse: Tensor,
     grad_lse: Tensor | None,
+    delta: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities, gradients of the capped and of the raw scores, and what is visible."""
     terms = _terms(p, products, piece)
@@ -248,9 +249,10 @@ def _backward_by_torch(
         dropped = weights * kept
         grad = torch.where(kept > 0, grad * kept, 0.0)
     grad = grad.masked_fill(~terms.visible, 0.0)
-    delta = (weights * grad).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    if delta is None:
+        delta = (weights * grad).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse
     grad = (weights * (grad - delta[..., None])).masked_fill_(~terms.visible, 0.0)
     raw = grad
     if terms.capped is not None:
@@ -403,6 +405,7 @@ def backward(
     grad_output: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
+    delta: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     grad_bias: Tensor | None,
 ) -> None:
@@ -410,6 +413,7 @@ def backward(
 
     Args:
         lse, grad_lse: ``[B, H, Lq]``.
+        delta: likewise, where the keys are some of those that lse is of; None: it is computed.
         grads: of query, key and value, in their shapes.
         grad_bias: ``[B or 1, H or 1, Lq or 1, Lk or 1]`` in the compute dtype, or None.
     """
@@ -425,6 +429,10 @@ def backward(
     if grad_lse is not None:
         grad_lse = grad_lse.to(lse.dtype).contiguous()
         grad_lse_by_head = grad_lse.view(query.shape[:3])
+    delta_by_head = None
+    if delta is not None:
+        delta = delta.contiguous()
+        delta_by_head = delta.view(query.shape[:3])
     grad_query = query.new_zeros(query.shape)
     grad_key, grad_value = grads[1].new_zeros(keys.shape), grads[2].new_zeros(value.shape)
     sums = _Sums(p, grad_key, grad_value)
@@ -448,7 +456,7 @@ def backward(
                 weights = buffers("weights", piece.shape, dtype)
                 raw = buffers("raw", piece.shape, dtype)
             arguments = _arguments(p, piece, backward=True)
-            _backward_rows(products, grad, weights, raw, statistics, grad_lse, *arguments)
+            _backward_rows(products, grad, weights, raw, statistics, grad_lse, delta, *arguments)
         else:
             weights, grad, raw, visible = _backward_by_torch(
                 p,
@@ -457,6 +465,7 @@ def backward(
                 piece,
                 lse_by_head[n, g, i],
                 None if grad_lse_by_head is None else grad_lse_by_head[n, g, i],
+                None if delta_by_head is None else delta_by_head[n, g, i],
             )
             weights, raw = weights.to(dtype), raw.to(dtype)
         if grad_bias is not None:

@@ -87,7 +87,7 @@ def _backward(dtype: torch.dtype, d: int, **kind: Any) -> None:
     a = _arguments(dtype, d, **kind)
     output, lse = torch.empty_like(a.query), torch.empty(a.query.shape[:3])
     grad_bias = torch.empty(0 if a.bias is None else a.bias.shape)
-    backward = Backward(*a, output, None, output, lse, a.bias is not None)
+    backward = Backward(*a, output, None, output, lse, a.bias is not None, None)
     grads = (torch.empty_like(t) for t in (a.query, a.key, a.value))
     attention_backward.backward(backward, *grads, grad_bias)
 
