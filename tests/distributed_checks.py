@@ -347,6 +347,22 @@ def ring_compares_arguments_when_debugging(group: Any) -> None:
 
 
 @check(2)
+def ring_in_a_compiled_function(group: Any) -> None:
+    """It need not be in the graph, but the whole has to be right."""
+
+    def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(2 * q, k, v, group, causal=True).square() + 1
+
+    parts = [split_sequence(t, 2, group).requires_grad_() for t in inputs()[:3]]
+    expected = around(*parts)
+    made = torch.compile(around, backend="aot_eager")(*parts)
+    torch.testing.assert_close(made, expected)
+    grads = (torch.autograd.grad(output.sum(), parts) for output in (made, expected))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@check(2)
 def rings_of_other_processes_are_refused(group: Any) -> None:
     alone = GROUPS[1]
     query, key, value = inputs()[:3]
@@ -536,7 +552,7 @@ def heads_of_a_module_split_by_hand(group: Any) -> None:
 
 # --- running them --------------------------------------------------------------------------------
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=120)
 
 
 def run(rank: int, path: str, wanted: list[str]) -> None:
