@@ -1,8 +1,9 @@
 """Swaps torch's modules for fastseq's inside a model, and undoes it.
 
 The swap is ``module.__class__ = fastseq.nn.LayerNorm``: the object stays, and with it its
-parameters, hooks, aliases, optimizer state and place in the model. Nothing is recorded anywhere: a
-module's class is the whole state, so a deepcopy or a pickle of the model carries it.
+parameters, hooks, aliases, optimizer state and place in the model. A module's class is the whole
+state, so a deepcopy or a pickle of the model carries it. Norms of other libraries become subclasses
+of their own class in the same way; attention of transformers' models is a setting of theirs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from .backends import BackendError, backends, use_backend
 from .explain import (
     BYPASSES,
     FASTSEQ,
+    LEFT,
     READY,
     SKIPPED,
     TORCH_CLASS,
     ModuleRow,
     counts,
     is_generated,
+    original_class,
     shown,
     survey,
+    swapped_class,
 )
+from .integrations import transformers
+from .integrations.norms import AdaptedNorm
 from .nn import DROP_IN
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -46,15 +52,19 @@ def accelerate(
     """Put fastseq's kernels into a model, in place.
 
     Every module whose class is exactly one of torch's that fastseq has (the keys of
-    ``fastseq.nn.DROP_IN``) becomes fastseq's subclass of it. Identity, parameters, hooks, ties,
-    ``state_dict``, training flag and optimizer references stay. Calling it again changes nothing
-    more; :func:`restore` undoes it; :func:`explain` shows what it does, before and after.
+    ``fastseq.nn.DROP_IN``) becomes fastseq's subclass of it. So does a norm of another library or
+    of your own that computes a layer norm or an RMS norm, as a trial on numbers shows. Models of
+    Hugging Face transformers get their attention implementation set to ``"fastseq"``. Identity,
+    parameters, hooks, ties, ``state_dict``, training flag and optimizer references stay. Calling
+    it again changes nothing more; :func:`restore` undoes it; :func:`explain` shows what it does,
+    before and after.
 
     Args:
         model: any module; wrappers (DDP, FSDP, ``torch.compile``, LoRA layers) are searched inside.
         include: swap only modules that match one of these: patterns of qualified names
             (``"encoder.*.norm1"``, as in :mod:`fnmatch`) or module classes. What matches a module
-            covers all that is inside it; a shared module matches by any of its names.
+            covers all that is inside it; a shared module matches by any of its names. Attention of
+            a transformers model is set for all modules of one configuration, or for none.
         exclude: leave these as they are; wins over ``include``.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, asked last.
         backend: ``"auto"`` leaves the choice of kernels as it is. Any other name is
@@ -89,16 +99,23 @@ def accelerate(
         raise RuntimeError(f"accelerate: strict=True, but these cannot be swapped:{each}")
     if backend != "auto":
         _force(backend)
+    attentions = []
     for row in chosen:
-        if row.decision == READY:
-            row.module.__class__ = DROP_IN[type(row.module)]
+        if row.decision != READY:
+            continue
+        if kind := swapped_class(row.module):
+            row.module.__class__ = kind
+        else:
+            attentions.append(row.module)
+    transformers.set_attention(model, attentions)
     if verbose:
         print(_summary(survey(model)))
     return model
 
 
 def restore(model: Model) -> Model:
-    """Give every swapped module of the model torch's class back, in place.
+    """Give every swapped module of the model its former class back, in place, and models of
+    transformers their attention implementation.
 
     So become modules that were built as ``fastseq.nn.LayerNorm`` and the like in the first place. A
     class generated on top of a swapped one (by ``parametrize`` or ``fully_shard`` after
@@ -114,10 +131,11 @@ def restore(model: Model) -> Model:
         TypeError: ``model`` is no module.
     """
     _check_is_module("restore", model)
+    transformers.restore_attention(model)
     for fqn, module in model.named_modules():
-        if type(module) in TORCH_CLASS:
-            module.__class__ = TORCH_CLASS[type(module)]
-        elif isinstance(module, tuple(TORCH_CLASS)) and is_generated(type(module)):
+        if original := original_class(module):
+            module.__class__ = original
+        elif isinstance(module, (*TORCH_CLASS, AdaptedNorm)) and is_generated(type(module)):
             warnings.warn(
                 f"restore: left {shown(fqn)} as it is: its class {type(module).__name__} was "
                 "generated on top of fastseq's; undo that (remove_parametrizations, say) first",
@@ -146,14 +164,18 @@ def _choose(
             for prefix in around
         )
 
-    return [
+    candidates = [row for row in survey(model) if row.decision in (READY, SKIPPED)]
+    chosen = [
         row
-        for row in survey(model)
-        if row.decision in (READY, SKIPPED)
-        and (include is None or matches(row, wanted))
+        for row in candidates
+        if (include is None or matches(row, wanted))
         and not matches(row, unwanted)
         and (filter_fn is None or filter_fn(row.module, row.fqn))
     ]
+    # What has one attention implementation for all changes together or not at all.
+    taken = {row.module for row in chosen}
+    left = [row.module for row in candidates if row.module not in taken]
+    return [row for row in chosen if not transformers.shares_configuration(row.module, left)]
 
 
 def _selectors(argument: str, selection: Selection | None) -> list[str | type[torch.nn.Module]]:
@@ -189,7 +211,7 @@ def _check_is_module(function: str, model: object) -> None:
 
 
 def _summary(rows: list[ModuleRow]) -> str:
-    if all(row.decision == FASTSEQ for row in rows):
+    if all(row.decision in (FASTSEQ, LEFT) for row in rows):
         names = " or ".join(theirs.__name__ for theirs in DROP_IN)
         return f"fastseq: nothing to accelerate: the model has no torch.nn {names}"
     left = sum(row.decision in (READY, SKIPPED) for row in rows)

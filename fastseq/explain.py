@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from .backends import Decision, recorded
+from .integrations import norms, transformers
 from .nn import DROP_IN
 
 SWAPPED = "swapped"  # runs on fastseq; restore() turns it back
 READY = "ready"  # accelerate() would swap it
 SKIPPED = "skipped"  # looks like one of ours, but swapping it would be wrong or without effect
 FASTSEQ = "fastseq"  # written with fastseq.nn, or built on top of a swapped module
+LEFT = "left"  # a norm of a kind that fastseq has no kernel for
 BYPASSES = "bypasses"  # a container that does the work of its children without calling them
 
 TORCH_CLASS = {ours: theirs for theirs, ours in DROP_IN.items()}
@@ -155,10 +157,11 @@ def survey(model: torch.nn.Module) -> list[ModuleRow]:
     names: dict[torch.nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    attentions = transformers.attention_modules(model)
     rows = {
         module: ModuleRow(tuple(aliases), module, *judgement)
         for module, aliases in names.items()
-        if (judgement := _judge(module))
+        if (judgement := _judge_attention(module, attentions) or _judge(module))
     }
     for layer, aliases in names.items():
         if not _has_fast_path(layer):
@@ -191,14 +194,13 @@ def _judge(module: torch.nn.Module) -> tuple[str, str] | None:
     """The decision on a module and its reason, or None if it has nothing to do with us."""
     kind = type(module)
     if kind in DROP_IN or kind in TORCH_CLASS:
-        if "forward" in vars(module):
-            return SKIPPED, (
-                "instance forward: a function set as module.forward hides that of the class; "
-                "`del module.forward`, or accelerate before the tool that sets it"
-            )
         if kind in TORCH_CLASS:
-            return SWAPPED, f"is fastseq.nn.{kind.__name__}"
-        return READY, f"accelerate makes it fastseq.nn.{DROP_IN[kind].__name__}"
+            return _unless_hidden(module, SWAPPED, f"is fastseq.nn.{kind.__name__}")
+        name = DROP_IN[kind].__name__
+        return _unless_hidden(module, READY, f"accelerate makes it fastseq.nn.{name}")
+    if norms.is_adapted(module):
+        assert isinstance(module, norms.AdaptedNorm)
+        return _unless_hidden(module, SWAPPED, f"computes {module.recipe.formula} on fastseq")
     if isinstance(module, torch.jit.ScriptModule):
         name = module.original_name
         if name not in {theirs.__name__ for theirs in DROP_IN}:
@@ -206,9 +208,9 @@ def _judge(module: torch.nn.Module) -> tuple[str, str] | None:
         return SKIPPED, f"TorchScript: this {name} is compiled; accelerate the eager model instead"
     base = next((theirs for theirs in DROP_IN if isinstance(module, theirs)), None)
     if base is None:
-        return None
+        return _judge_norm(module) if norms.looks_like_norm(module) else None
     ours = f"fastseq.nn.{DROP_IN[base].__name__}"
-    if isinstance(module, DROP_IN[base]):
+    if isinstance(module, (DROP_IN[base], norms.AdaptedNorm)):
         return FASTSEQ, f"built on {ours}"
     if kind.__module__.startswith("fastseq."):
         return FASTSEQ, "fastseq's own"
@@ -217,9 +219,86 @@ def _judge(module: torch.nn.Module) -> tuple[str, str] | None:
             f"dynamic class: {kind.__name__} was generated from {base.__name__} (by parametrize, "
             "fully_shard or the like); accelerate before that step"
         )
+    if base in (torch.nn.LayerNorm, torch.nn.RMSNorm):
+        recipe = norms.recipe_of(module)
+        if isinstance(recipe, norms.Recipe):
+            return _unless_hidden(module, READY, _computes(recipe))
+        return SKIPPED, f"subclass: {recipe}; if that does not matter, derive it from {ours}"
     return SKIPPED, (
         f"subclass: it may not compute what {base.__name__} does; if it does, derive it from {ours}"
     )
+
+
+def _unless_hidden(module: torch.nn.Module, decision: str, reason: str) -> tuple[str, str]:
+    """The decision, for a module whose class's ``forward`` is what runs."""
+    if "forward" not in vars(module):
+        return decision, reason
+    return SKIPPED, (
+        "instance forward: a function set as module.forward hides that of the class; "
+        "`del module.forward`, or accelerate before the tool that sets it"
+    )
+
+
+def _computes(recipe: norms.Recipe) -> str:
+    return f"tried on numbers, it computes {recipe.formula}: accelerate puts it on fastseq"
+
+
+def _judge_norm(module: torch.nn.Module) -> tuple[str, str] | None:
+    """The decision on what is called a norm and derives from none of torch's that we have."""
+    kind = type(module)
+    if isinstance(module, norms.AdaptedNorm):
+        return FASTSEQ, "built on a norm that runs on fastseq"
+    if kind.__module__.startswith("fastseq."):
+        return None
+    if is_generated(kind):
+        return SKIPPED, (
+            f"dynamic class: {kind.__name__} was generated from {kind.__mro__[1].__name__} (by "
+            "parametrize, fully_shard or the like); accelerate before that step"
+        )
+    if next(module.children(), None) is not None:
+        return None  # a block around a norm, which has a row of its own
+    if kind.__module__.startswith("torch."):
+        return LEFT, f"fastseq has no {kind.__name__}: torch's runs, as before"
+    recipe = norms.recipe_of(module)
+    if isinstance(recipe, norms.Recipe):
+        return _unless_hidden(module, READY, _computes(recipe))
+    return LEFT, f"{recipe}: its own forward runs, as before"
+
+
+def _judge_attention(
+    module: torch.nn.Module,
+    attentions: dict[torch.nn.Module, tuple[torch.nn.Module | None, str | None]],
+) -> tuple[str, str] | None:
+    """The decision on an attention module of transformers."""
+    if module not in attentions:
+        return None
+    owner, refusal = attentions[module]
+    name = transformers.NAME
+    if refusal is not None:
+        return SKIPPED, refusal
+    if transformers.runs_ours(module):
+        return SWAPPED, f"runs fastseq's attention: attn_implementation={name!r}"
+    return READY, (
+        f"accelerate sets attn_implementation={name!r} for all the attention of this "
+        f"{type(owner).__name__} together"
+    )
+
+
+def swapped_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class that :func:`fastseq.accelerate` gives a module that is READY; None for attention
+    whose implementation is set instead."""
+    if type(module) in DROP_IN:
+        return DROP_IN[type(module)]
+    recipe = norms.recipe_of(module) if norms.looks_like_norm(module) else ""
+    return norms.adapter(type(module), recipe) if isinstance(recipe, norms.Recipe) else None
+
+
+def original_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class that a swapped module had before; None where nothing was swapped."""
+    if norms.is_adapted(module):
+        assert isinstance(module, norms.AdaptedNorm)
+        return module.original
+    return TORCH_CLASS.get(type(module))
 
 
 def is_generated(kind: type) -> bool:

@@ -1,0 +1,1 @@
+"""What other libraries write themselves and fastseq has kernels for."""
