@@ -219,7 +219,7 @@ def _judge(module: torch.nn.Module) -> tuple[str, str] | None:
             f"dynamic class: {kind.__name__} was generated from {base.__name__} (by parametrize, "
             "fully_shard or the like); accelerate before that step"
         )
-    if base in (torch.nn.LayerNorm, torch.nn.RMSNorm):
+    if norms.looks_like_norm(module):
         recipe = norms.recipe_of(module)
         if isinstance(recipe, norms.Recipe):
             return _unless_hidden(module, READY, _computes(recipe))

@@ -109,9 +109,13 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def looks_like_norm(module: nn.Module) -> bool:
-    """Whether it is a norm by its name, and does the work itself."""
+    """Whether it is a norm, by its name or by what it derives from."""
     kind = type(module)
-    return "norm" in kind.__name__.lower() and not kind.__module__.startswith(("torch.nn.utils",))
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
+    # weight_norm's and spectral_norm's own modules; not what parametrize makes of a norm.
+    of_weights = kind.__module__.startswith("torch.nn.utils") and kind.__mro__[1] is nn.Module
+    return "norm" in kind.__name__.lower() and not of_weights
 
 
 # --- what a norm computes ------------------------------------------------------------------------
@@ -125,8 +129,8 @@ def recipe_of(module: nn.Module) -> Recipe | str:
         return f"its forward did not take a plain tensor: {type(error).__name__}: {error}"
 
 
-#: What every module has.
-_BOOKKEEPING = frozenset(vars(nn.Module()))
+#: What every module has, and what hides the class's forward, which is for the caller to mind.
+_BOOKKEEPING = frozenset((*vars(nn.Module()), "forward"))
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 
