@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import current_backend, note
@@ -247,6 +248,9 @@ def _recurrent(
 ) -> tuple[Any, ...]:
     """The order of decisions: foreign → validation → autocast → torch is quicker → ours."""
     packed = isinstance(input, PackedSequence)
+    if packed and torch.compiler.is_compiling():
+        # Shapes depend on the lengths' values. Of torch's own modules compilers make no graph, too.
+        return _uncompiled(name, kind, input, hx, params, shape, extras)
     data: Tensor = input.data if packed else input  # type: ignore[assignment]
     states: list[Tensor] = [] if hx is None else list(hx) if kind == "lstm" else [hx]
     tensors = [data, *states, *params, *(extras.layer_norm or ())]
@@ -276,6 +280,10 @@ def _recurrent(
         note(name, "torch", reason)
         return _by_torch(kind, input, states, params, shape)
     return _stack(name, kind, input, states, params, shape, extras)
+
+
+#: The lazy form of torch.compiler.disable: that one imports the compiler for everybody.
+_uncompiled = _disable_dynamo(_recurrent)
 
 
 # --- torch's -------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,13 @@ from torch import Tensor, nn
 
 VOCABULARY = 97
 Inputs = dict[str, Tensor]
+
+
+class Result(NamedTuple):
+    """What models of this file return."""
+
+    logits: Tensor
+    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -152,11 +158,11 @@ class TimmViT(nn.Module):
         self.blocks = nn.Sequential(*(ViTBlock(32, 4) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 5)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Result:
         x = self.patches(pixel_values).flatten(2).mT
         x = torch.cat((self.class_token.expand(len(x), -1, -1), x), 1) + self.positions
         logits = self.head(self.norm(self.blocks(x))[:, 0])
-        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, labels))
+        return Result(logits=logits, loss=F.cross_entropy(logits, labels))
 
 
 class Seq2Seq(nn.Module):
@@ -171,7 +177,7 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(32, VOCABULARY)
         self.criterion = nn.CrossEntropyLoss(ignore_index=-100)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Result:
         target = F.pad(labels.clamp(min=0), (1, 0))[:, :-1]
         causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], labels.device)
         padding = attention_mask == 0
@@ -184,9 +190,7 @@ class Seq2Seq(nn.Module):
             tgt_is_causal=True,
         )
         logits = self.head(x)
-        return SimpleNamespace(
-            logits=logits, loss=self.criterion(logits.flatten(0, 1), labels.flatten())
-        )
+        return Result(logits=logits, loss=self.criterion(logits.flatten(0, 1), labels.flatten()))
 
 
 class Tagger(nn.Module):
@@ -199,7 +203,7 @@ class Tagger(nn.Module):
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, VOCABULARY)
         self.criterion = nn.CrossEntropyLoss(ignore_index=-100)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Result:
         lengths = attention_mask.sum(1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(
             self.embedding(input_ids), lengths, batch_first=True, enforce_sorted=False
@@ -208,9 +212,7 @@ class Tagger(nn.Module):
             self.lstm(packed)[0], batch_first=True, total_length=input_ids.shape[1]
         )
         logits = self.head(self.norm(x))
-        return SimpleNamespace(
-            logits=logits, loss=self.criterion(logits.flatten(0, 1), labels.flatten())
-        )
+        return Result(logits=logits, loss=self.criterion(logits.flatten(0, 1), labels.flatten()))
 
 
 class ConvTransformer(nn.Module):
@@ -232,11 +234,11 @@ class ConvTransformer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(32))
         self.head = nn.Linear(32, 5)
 
-    def forward(self, input_values: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, input_values: Tensor, labels: Tensor) -> Result:
         x = self.features(input_values[:, None])
         x = (x + F.gelu(self.position(x))).mT
         logits = self.head(self.encoder(x))
-        return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits.mean(1), labels))
+        return Result(logits=logits, loss=F.cross_entropy(logits.mean(1), labels))
 
 
 def frames() -> Inputs:
