@@ -74,7 +74,7 @@ class AdaptedNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """By what the class was made of: no import finds it under a name."""
-        return _blank, (self.original, self.recipe), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (self.original, self.recipe), super().__reduce_ex__(protocol)[2]
 
 
 _ADAPTERS: dict[tuple[type[nn.Module], Recipe], type[AdaptedNorm]] = {}
@@ -124,7 +124,8 @@ def looks_like_norm(module: nn.Module) -> bool:
 def recipe_of(module: nn.Module) -> Recipe | str:
     """What a norm computes, or why it is none that we have."""
     try:
-        return _structure(module) or _tried(module)
+        with torch.inference_mode(False), torch.device("cpu"):
+            return _structure(module) or _tried(module)
     except Exception as error:  # somebody else's code, on inputs it was not made for
         return f"its forward did not take a plain tensor: {type(error).__name__}: {error}"
 
@@ -209,7 +210,7 @@ def _try(module: nn.Module, row: int, parameters: set[str]) -> Recipe | str:
             if all(
                 _agrees(module, row, parameters, formula, number, training=training)
                 for training in (False, True)
-            ):
+            ) and _is_of_the_last_dimension(module, row, parameters, formula, number):
                 dtypes = tuple(_result_dtypes(module, row, parameters, formula, number))
                 # torch.nn's classes call functions of these names, and `super().forward` does.
                 by_torch = {"layer_norm", "rms_norm", "forward"} & set(code.co_names)
@@ -289,6 +290,23 @@ def _agrees(
         bool(((their - want).abs() <= 1e-4 * want.abs().amax(-1, keepdim=True)).all())
         for their, want in zip(theirs, wanted, strict=True)
     )
+
+
+def _is_of_the_last_dimension(
+    module: nn.Module, row: int, parameters: set[str], formula: str, eps: float
+) -> bool:
+    """Whether matrices and images are rows to it, too; some take the second of four dimensions."""
+    _, values = _numbers(row, parameters, eps)
+    values = {name: value.float() for name, value in values.items()}
+    generator = torch.Generator().manual_seed(2)
+    for shape in ((3, row), (1, row if row <= 1024 else 2, 1, row)):
+        x = torch.randn(shape, generator=generator)
+        with torch.no_grad():
+            output = _run(module, x, values, training=False)
+            wanted = _formula(formula, x, values, eps)
+        if output.shape != wanted.shape or not torch.allclose(output, wanted, 1e-3, 1e-3):
+            return False
+    return True
 
 
 def _result_dtypes(

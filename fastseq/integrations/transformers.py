@@ -45,7 +45,7 @@ def register() -> None:
     except ImportError as error:
         raise ImportError(
             "fastseq.integrations.transformers: needs Hugging Face transformers with its attention "
-            f"interface (`pip install transformers`, 4.57 or newer): {error}"
+            f"interface (`pip install transformers`; 5.23 was tested): {error}"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -100,8 +100,8 @@ def attention_forward(
     bias, mask = _bias_and_mask(attention_mask, kwargs.get("position_bias"), key.shape[2])
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    # `and` in this order, for compilers: a comparison of symbols is no bool.
-    causal = attention_mask is None and is_causal and query.shape[2] > 1
+    # Sizes are symbols to compilers and tensors to torch.jit.trace: neither is to be handed on.
+    causal = attention_mask is None and is_causal and bool(query.shape[2] > 1)
     window, softcap = None, kwargs.get("softcap")
     if attention_mask is None and kwargs.get("sliding_window") is not None and causal:
         window = (int(kwargs["sliding_window"]) - 1, 0)
@@ -132,7 +132,7 @@ def attention_forward(
             dropout,
             causal,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
     else:
         attended = functional.attention(
@@ -284,7 +284,7 @@ def _around(name: str, owners: dict[str, nn.Module]) -> nn.Module | None:
 def _refusal(module: nn.Module, owner: Any) -> str | None:
     """Why accelerate leaves an attention module as it is, and what to do about it."""
     config: Any = module.config
-    implementation = config._attn_implementation
+    implementation = getattr(config, "_attn_implementation", None)
     if owner is None:
         return (
             "there is no PreTrainedModel around it, whose implementation could be set; "
@@ -311,8 +311,7 @@ def _refusal(module: nn.Module, owner: Any) -> str | None:
 
 def runs_ours(module: nn.Module) -> bool:
     """Whether an attention module looks up our function."""
-    config: Any = module.config
-    return bool(config._attn_implementation == NAME)
+    return bool(getattr(module.config, "_attn_implementation", None) == NAME)
 
 
 def shares_configuration(module: nn.Module, others: Iterable[nn.Module]) -> bool:
@@ -381,8 +380,9 @@ def restore_attention(model: nn.Module) -> None:
         return
     models = [m for m in model.modules() if isinstance(m, library.PreTrainedModel)]
     for owner in models:
-        for config, implementation in vars(owner).pop(_BEFORE, ()):
-            config._attn_implementation_internal = implementation
+        for config, implementation in reversed(vars(owner).pop(_BEFORE, ())):
+            if config._attn_implementation == NAME:  # else somebody has set it since
+                config._attn_implementation_internal = implementation
     for owner in models:
         if owner.config._attn_implementation == NAME:
             owner.set_attn_implementation(None)

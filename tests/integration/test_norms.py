@@ -134,6 +134,15 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
         return super().forward(input.mT).mT
 
 
+class ImagesNorm(Base):
+    """Rows in matrices, channels in images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = 1 if x.ndim == 4 else -1
+        y = x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + self.eps)
+        return y * (self.weight[:, None, None] if x.ndim == 4 else self.weight)
+
+
 RECOGNISED = [
     (LlamaLikeNorm, RMS),
     (lambda: LlamaLikeNorm(eps=1e-12), RMS),
@@ -187,6 +196,7 @@ def test_a_recognised_norm_computes_the_same(make, formula, dtypes) -> None:
         (EpsilonOutsideNorm, LEFT, "computes none of"),
         (DetachedNorm, LEFT, "computes none of"),
         (NoisyNorm, LEFT, "computes none of"),
+        (ImagesNorm, LEFT, "computes none of"),
         (GatedNorm, LEFT, "takes 2 arguments"),
         (CountingNorm, LEFT, "changes its own attributes"),
         (ScalarNorm, LEFT, "not one row"),
@@ -225,6 +235,21 @@ def test_the_trial_leaves_no_trace() -> None:
     assert torch.equal(norm.weight, torch.ones(48))
     assert norm.weight is weight
     assert weight.grad is None
+
+
+def test_tried_wherever_the_caller_is() -> None:
+    """In inference mode, under autocast, with another default dtype or device, of meta tensors."""
+    with torch.inference_mode():
+        assert isinstance(recipe_of(LlamaLikeNorm(eps=1e-3)), Recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(recipe_of(LlamaLikeNorm(eps=2e-3)), Recipe)
+    with torch.device("meta"):
+        assert isinstance(recipe_of(LlamaLikeNorm(eps=3e-3)), Recipe)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert isinstance(recipe_of(LlamaLikeNorm(eps=4e-3)), Recipe)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_settings_of_one_instance_are_not_taken_for_anothers() -> None:

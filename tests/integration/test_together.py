@@ -67,8 +67,11 @@ def sizes(batch: Inputs, rows: int) -> Inputs:
 @pytest.mark.parametrize(
     "name",
     [
-        *("bert", "llama", "timm_vit", "transformer"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "t5", "vit")),
+        *("llama", "timm_vit", "transformer"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("bert", "gpt2", "gemma2", "t5", "vit")
+        ),
     ],
 )
 def test_compiles_whole_where_torchs_own_does(name: str) -> None:
@@ -104,6 +107,18 @@ def test_compiles_for_every_batch_at_once(name: str) -> None:
     with torch.no_grad():
         compiled(**sizes({n: torch.cat((t, t)) for n, t in many.items()}, 7))
     assert len(frames) == reached
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiles_for_every_length_at_once() -> None:
+    """Without a mask: causal attention is told from decoding by the number of queries."""
+    model, ours, batch = both("llama")
+    compiled = torch.compile(ours, dynamic=True, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (13, 7, 9):
+            ids = batch["input_ids"][:, :length]
+            expected = model(input_ids=ids, use_cache=False).logits
+            close(compiled(input_ids=ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -248,6 +263,15 @@ def test_exports(name: str, strict: bool) -> None:
         names = {str(node.target) for node in program.graph.nodes}
         assert any(name.startswith("fastseq._") for name in names)
         close(program.module()(**batch), model(**batch).logits)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traces_to_a_graph_without_fastseq() -> None:
+    model, ours, batch = both("bert")
+    ours.config.return_dict = False
+    traced = torch.jit.trace(ours, (batch["input_ids"],))
+    assert "fastseq::" not in str(traced.inlined_graph)
+    close(traced(batch["input_ids"])[0], model(batch["input_ids"]).logits)
 
 
 # --- copies, states, wrappers --------------------------------------------------------------------

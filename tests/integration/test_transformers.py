@@ -88,6 +88,17 @@ def test_restore_brings_back_what_was_set(implementation: str) -> None:
             assert part.config._attn_implementation == implementation
 
 
+def test_what_somebody_has_set_since_stays() -> None:
+    model, _ = build("llama")
+    fastseq.accelerate(model, verbose=False)
+    model.set_attn_implementation("eager")
+    fastseq.restore(model)
+    assert model.config._attn_implementation == "eager"
+    fastseq.accelerate(model, verbose=False)
+    fastseq.restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_part_of_a_model_with_a_configuration_of_its_own() -> None:
     model, _ = build("t5")
     fastseq.accelerate(model, include="encoder", verbose=False)
