@@ -21,11 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional._dispatch import FLOATING, autocast_to_fp32
+from ..functional._dispatch import FLOATING
 from ..reference import layer_norm as reference
 
 #: The formulas: with the mean taken out or not, by the weight or by one more than it.
-LAYER, RMS, RMS_PLUS_ONE = "layer_norm", "rms_norm", "rms_norm by 1 + weight"
+LAYER, LAYER_PLUS_ONE = "layer_norm", "layer_norm by 1 + weight"
+RMS, RMS_PLUS_ONE = "rms_norm", "rms_norm by 1 + weight"
+
+#: What autocast does to a forward: nothing that its dtypes do not show; what it does to torch's
+#: function; or something between, for which the forward itself has to run.
+OWN, TORCHS, MIXED = "own", "torch's", "mixed"
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,13 @@ class Recipe:
         formula: one of this file's constants.
         eps: the name of the attribute that holds it, or the number that stands in the code.
         dtypes: of the input, of the weight (the input's, where there is none), of the result.
-        by_torch: ``forward`` calls torch's norms, which autocast treats in its own way.
+        autocast: one of this file's constants.
     """
 
     formula: str
     eps: str | float
     dtypes: tuple[tuple[torch.dtype, torch.dtype, torch.dtype], ...]
-    by_torch: bool
+    autocast: str
 
 
 class AdaptedNorm(nn.Module):
@@ -57,19 +62,22 @@ class AdaptedNorm(nn.Module):
         recipe = self.recipe
         weight: Tensor | None = getattr(self, "weight", None)
         output_dtype = self.results.get((input.dtype, (input if weight is None else weight).dtype))
-        if output_dtype is None or (recipe.by_torch and autocast_to_fp32(input)):
+        under_autocast = torch.is_autocast_enabled(input.device.type)
+        if output_dtype is None or (recipe.autocast == MIXED and under_autocast):
             return cast(Tensor, self.original.forward(self, input))
         if output_dtype.itemsize > input.dtype.itemsize:
             input = input.to(output_dtype)
         eps = recipe.eps if isinstance(recipe.eps, float) else getattr(self, recipe.eps)
+        if recipe.formula in (LAYER_PLUS_ONE, RMS_PLUS_ONE) and weight is not None:
+            weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
         shape = input.shape[-1:]
-        if recipe.formula == LAYER:
+        if recipe.formula in (LAYER, LAYER_PLUS_ONE):
             bias = getattr(self, "bias", None)
             output = functional.layer_norm(input, shape, weight, bias, eps)
         else:
-            if recipe.formula == RMS_PLUS_ONE and weight is not None:
-                weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
             output = functional.rms_norm(input, shape, weight, eps)
+        if recipe.autocast == TORCHS and under_autocast:
+            return output
         return output.to(output_dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -201,9 +209,11 @@ def _try(module: nn.Module, row: int, parameters: set[str]) -> Recipe | str:
     sources += [c for c in code.co_consts if isinstance(c, float) and 0.0 < c < 0.1]
     if not sources:
         return "it has no epsilon, neither as an attribute nor as a number in its forward"
-    formulas = [LAYER] if "bias" in parameters else [RMS, RMS_PLUS_ONE, LAYER]
+    formulas = [LAYER, LAYER_PLUS_ONE]
+    if "bias" not in parameters:
+        formulas = [RMS, RMS_PLUS_ONE, *formulas]
     if "weight" not in parameters:
-        formulas.remove(RMS_PLUS_ONE)
+        formulas = [RMS, LAYER]
     for eps in sources:
         number = eps if isinstance(eps, float) else getattr(module, eps)
         for formula in formulas:
@@ -212,10 +222,19 @@ def _try(module: nn.Module, row: int, parameters: set[str]) -> Recipe | str:
                 for training in (False, True)
             ) and _is_of_the_last_dimension(module, row, parameters, formula, number):
                 dtypes = tuple(_result_dtypes(module, row, parameters, formula, number))
-                # torch.nn's classes call functions of these names, and `super().forward` does.
-                by_torch = {"layer_norm", "rms_norm", "forward"} & set(code.co_names)
-                return Recipe(formula, eps, dtypes, bool(by_torch))
+                return Recipe(formula, eps, dtypes, _autocast(code))
     return f"tried on numbers, it computes none of {', '.join(formulas)}"
+
+
+def _autocast(code: types.CodeType) -> str:
+    names = set(code.co_names)
+    if any("autocast" in name for name in names):
+        return MIXED
+    # torch.nn's classes call functions of these names, and `super().forward` does.
+    if not names & {"layer_norm", "rms_norm", "forward"}:
+        return OWN
+    casts = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+    return MIXED if names & casts else TORCHS
 
 
 def _code(forward: Callable[..., Any]) -> types.CodeType:
@@ -255,11 +274,10 @@ def _run(module: nn.Module, x: Tensor, values: dict[str, Tensor], *, training: b
 
 def _formula(name: str, x: Tensor, values: dict[str, Tensor], eps: float) -> Tensor:
     weight, bias = values.get("weight"), values.get("bias")
-    if name == RMS_PLUS_ONE and weight is not None:
+    if name in (LAYER_PLUS_ONE, RMS_PLUS_ONE) and weight is not None:
         weight = 1.0 + weight
-    return reference.layer_norm(
-        x, x.shape[-1:], weight, bias, eps, rms=name != LAYER, output_dtype=x.dtype
-    )
+    rms = name in (RMS, RMS_PLUS_ONE)
+    return reference.layer_norm(x, x.shape[-1:], weight, bias, eps, rms=rms, output_dtype=x.dtype)
 
 
 def _agrees(

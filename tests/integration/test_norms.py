@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq.explain import FASTSEQ, LEFT, READY, SKIPPED, SWAPPED
-from fastseq.integrations.norms import LAYER, RMS, RMS_PLUS_ONE, AdaptedNorm, Recipe, recipe_of
+from fastseq.integrations.norms import (
+    LAYER,
+    LAYER_PLUS_ONE,
+    RMS,
+    RMS_PLUS_ONE,
+    AdaptedNorm,
+    Recipe,
+    recipe_of,
+)
 
 
 class Base(nn.Module):
@@ -66,6 +74,17 @@ class WeightlessNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class LayerNorm1P(nn.LayerNorm):
+    """By one more than the weight; autocast makes it 16 bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        weight, bias = (t.to(input.dtype) for t in (self.weight + 1, self.bias))
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class InFp32(nn.LayerNorm):
@@ -151,6 +170,7 @@ RECOGNISED = [
     (LayerNormWithoutBias, LAYER),
     (WeightlessNorm, RMS),
     (lambda: InFp32(48), LAYER),
+    (lambda: LayerNorm1P(48), LAYER_PLUS_ONE),
 ]
 
 
@@ -187,6 +207,24 @@ def test_a_recognised_norm_computes_the_same(make, formula, dtypes) -> None:
     for got, want in zip((result, *given), (expected, *wanted), strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("make", "formula"), RECOGNISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_dtypes_are_the_same(make, formula, dtype) -> None:
+    norm = make()
+    ours = fastseq.accelerate(copy.deepcopy(norm), verbose=False)
+    x = torch.randn(3, 48, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            expected = norm(x)
+        except RuntimeError as error:
+            with pytest.raises(type(error)):
+                ours(x)
+            return
+        result = ours(x)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
