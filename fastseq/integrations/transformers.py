@@ -102,28 +102,32 @@ def attention_forward(
         is_causal = bool(getattr(module, "is_causal", True))
     # Sizes are symbols to compilers and tensors to torch.jit.trace: neither is to be handed on.
     causal = attention_mask is None and is_causal and bool(query.shape[2] > 1)
-    window, softcap = None, kwargs.get("softcap")
-    if attention_mask is None and kwargs.get("sliding_window") is not None and causal:
+    window = None
+    if causal and kwargs.get("sliding_window") is not None:
         window = (int(kwargs["sliding_window"]) - 1, 0)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "mask": mask,
+        "causal": causal,
+        "window": window,
+        "softcap": kwargs.get("softcap"),
+        "sinks": sinks,
+        "scale": scaling,
+    }
+    if query.shape[0] != key.shape[0]:  # learned queries have a batch of one
+        query = query.expand(key.shape[0], -1, -1, -1)
     if kwargs.get("output_attentions"):
-        return _with_weights(query, key, value, mask, bias, causal, window, softcap, sinks, scaling,
-                             dropout)  # fmt: skip
+        return _with_weights(query, key, value, dropout, options)
     starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if None not in starts and attention_mask is None and bias is None and query.shape[0] == 1:
-        packed = functional.attention(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            causal=is_causal,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            dropout_p=dropout,
-            scale=scaling,
-            cu_seqlens_q=starts[0],
-            cu_seqlens_k=starts[1],
-        )
-        assert isinstance(packed, Tensor)
-        return packed[None], None
-    if softcap is None and sinks is None and window is None and (bias is None or mask is None):
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        options |= {"causal": is_causal, "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+        output = _attention(query, key, value, dropout_p=dropout, **options)
+        return output[None], None
+    both = bias is not None and mask is not None
+    if both or any(options[name] is not None for name in ("softcap", "sinks", "window")):
+        output = _attention(query, key, value, dropout_p=dropout, **options)
+    else:
         output = functional.scaled_dot_product_attention(
             query,
             key,
@@ -134,23 +138,13 @@ def attention_forward(
             scale=scaling,
             enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
-    else:
-        attended = functional.attention(
-            query.expand(key.shape[0], -1, -1, -1),  # learned queries have a batch of one
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            dropout_p=dropout,
-            scale=scaling,
-        )
-        assert isinstance(attended, Tensor)
-        output = attended
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    output = functional.attention(query, key, value, **options)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def _sinks(kwargs: dict[str, Any], heads: int) -> Tensor | None:
@@ -186,34 +180,13 @@ def _bias_and_mask(
 
 
 def _with_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """With the map in memory, as the library's eager attention returns it."""
-    weights = functional.attention_weights(
-        query.expand(key.shape[0], -1, -1, -1),
-        key,
-        bias=bias,
-        mask=mask,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scaling,
-    )
+    weights = functional.attention_weights(query, key, **options)
     assert isinstance(weights, Tensor)
     weights = F.dropout(weights, dropout) if dropout else weights
-    groups = query.shape[1] // key.shape[1]
-    output = weights.to(value.dtype) @ value.repeat_interleave(groups, 1)
+    output = weights.to(value.dtype) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
     return output.transpose(1, 2).contiguous(), weights
 
 
