@@ -230,11 +230,11 @@ def test_under_autocast_the_dtypes_are_the_same(make, formula, dtype) -> None:
 @pytest.mark.parametrize(
     ("make", "decision", "words"),
     [
-        (UnbiasedNorm, LEFT, "computes none of"),
-        (EpsilonOutsideNorm, LEFT, "computes none of"),
-        (DetachedNorm, LEFT, "computes none of"),
-        (NoisyNorm, LEFT, "computes none of"),
-        (ImagesNorm, LEFT, "computes none of"),
+        (UnbiasedNorm, LEFT, "computes neither"),
+        (EpsilonOutsideNorm, LEFT, "computes neither"),
+        (DetachedNorm, LEFT, "computes neither"),
+        (NoisyNorm, LEFT, "computes neither"),
+        (ImagesNorm, LEFT, "computes neither"),
         (GatedNorm, LEFT, "takes 2 arguments"),
         (CountingNorm, LEFT, "changes its own attributes"),
         (ScalarNorm, LEFT, "not one row"),
