@@ -24,10 +24,15 @@ BUILD = ROOT / "build" / "simt"
 # The other end of Host, and the emulation: what touches memory that kernels own, and the rest.
 COMMON = [HERE / f"{name}.cpp" for name in ("server", "memory")]
 SCHEDULER = [HERE / f"{name}.cpp" for name in ("fiber", "simt", "barrier", "warp", "launch")]
+RECURRENT = ("recurrent", "recurrent_lstm", "recurrent_gru", "recurrent_rnn")
 # A program for each, so that a change in one compiles no other.
 PROGRAMS = {
     "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],
     "layer_norm": [HERE / "layer_norm_server.cpp", ROOT / "csrc" / "cuda" / "layer_norm.cu"],
+    "recurrent": [
+        HERE / "recurrent_server.cpp",
+        *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in RECURRENT),
+    ],
 }
 FLAGS = ["-std=c++17", "-g1", "-Wall"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

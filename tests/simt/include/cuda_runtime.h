@@ -138,6 +138,8 @@ constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __uint_as_float(unsigned bits) {
   float value;

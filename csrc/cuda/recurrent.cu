@@ -1,0 +1,101 @@
+// Launches the persistent recurrent kernels.
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+#include "recurrent.h"
+
+namespace fastseq {
+namespace recurrent {
+namespace {
+
+ForwardKernel forward_kernel(Cell cell, Arithmetic arithmetic, int columns) {
+  if (cell == Cell::lstm) return lstm_forward_kernel(arithmetic, columns);
+  if (cell == Cell::gru) return gru_forward_kernel(arithmetic, columns);
+  return rnn_forward_kernel(arithmetic, columns);
+}
+
+BackwardKernel backward_kernel(Cell cell, Arithmetic arithmetic, int columns) {
+  if (cell == Cell::lstm) return lstm_backward_kernel(arithmetic, columns);
+  if (cell == Cell::gru) return gru_backward_kernel(arithmetic, columns);
+  return rnn_backward_kernel(arithmetic, columns);
+}
+
+// Whether everything that is copied in pieces of 16 bytes begins and goes on at multiples of that.
+struct Alignment {
+  int64_t element;
+  uint64_t bits = 0;
+
+  void add(const void* data) { bits |= reinterpret_cast<uintptr_t>(data); }
+  void add(const Steps& steps, int64_t bytes) {
+    if (steps.data == nullptr) return;
+    add(steps.data);
+    bits |= static_cast<uint64_t>(steps.stride_t * bytes) |
+            static_cast<uint64_t>(steps.stride_b * bytes);
+  }
+  bool wide(int64_t hidden) const { return ((bits | uint64_t(hidden * element)) & 15) == 0; }
+};
+
+bool is_wide(const RecurrentForward& a, Arithmetic arithmetic) {
+  Alignment alignment{element_bytes(arithmetic)};
+  alignment.add(a.gates_x, alignment.element);
+  alignment.add(a.weight_hh);
+  for (const void* data : {a.output, a.gates, a.cells}) alignment.add(data);
+  return alignment.wide(a.hidden);
+}
+
+bool is_wide(const RecurrentBackward& a, Arithmetic arithmetic) {
+  Alignment alignment{element_bytes(arithmetic)};
+  alignment.add(a.grad_output, alignment.element);
+  alignment.add(a.grad_cells, 4);
+  for (const void* data : {a.output, a.gates, a.cells}) alignment.add(data);
+  for (const void* data : {a.grad_gates_x, a.grad_gates_h}) alignment.add(data);
+  return alignment.wide(a.hidden);
+}
+
+const char* check(const Recurrent& a, const Plan& plan, Arithmetic arithmetic) {
+  if (plan.rejected != nullptr) return plan.rejected;
+  const DType dtype = arithmetic == Arithmetic::f16    ? DType::f16
+                      : arithmetic == Arithmetic::bf16 ? DType::bf16
+                                                       : DType::f32;
+  if (a.dtype != dtype) return "recurrent: the dtype is not the arithmetic's";
+  if (a.steps <= 0 || a.steps > 0x7fffffff) return "recurrent: between 1 and 2^31 - 1 steps";
+  if (a.norm_hh != nullptr || a.norm_c != nullptr) return "recurrent: no layer norm";
+  if (a.zoneout_h != 0 || a.zoneout_c != 0) return "recurrent: no zoneout";
+  if (a.weight_hr != nullptr || a.state != a.hidden) return "recurrent: no projection";
+  return nullptr;
+}
+
+template <class Kernel, class Problem>
+const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithmetic arithmetic,
+                void* stream) {
+  if (kernel == nullptr) return "recurrent: no kernel of so many rows";
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(plan.groups * plan.blocks));
+  shape.block = dim3(static_cast<unsigned>(plan.threads));
+  shape.shared_bytes = static_cast<size_t>(plan.layout.bytes);
+  shape.cluster = plan.exchange == Exchange::cluster ? static_cast<unsigned>(plan.blocks) : 1;
+  const cudaError_t error = launch(kernel, shape, static_cast<cudaStream_t>(stream), problem, plan,
+                                   share_out(plan.units, is_wide(problem, arithmetic)));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace recurrent
+
+const char* recurrent_forward_cuda(const RecurrentForward& problem, const recurrent::Plan& plan,
+                                   recurrent::Arithmetic arithmetic, void* stream) {
+  using namespace recurrent;
+  if (const char* reason = check(problem, plan, arithmetic)) return reason;
+  return run(forward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
+             stream);
+}
+
+const char* recurrent_backward_cuda(const RecurrentBackward& problem, const recurrent::Plan& plan,
+                                    recurrent::Arithmetic arithmetic, void* stream) {
+  using namespace recurrent;
+  if (const char* reason = check(problem, plan, arithmetic)) return reason;
+  return run(backward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
+             stream);
+}
+
+}  // namespace fastseq

@@ -1,0 +1,14 @@
+// The persistent kernels of the GRU: see recurrent_kernel.cuh.
+#include "recurrent_instances.cuh"
+
+namespace fastseq::recurrent {
+
+ForwardKernel gru_forward_kernel(Arithmetic arithmetic, int columns) {
+  return instance<Cell::gru, Forward>(arithmetic, columns);
+}
+
+BackwardKernel gru_backward_kernel(Arithmetic arithmetic, int columns) {
+  return instance<Cell::gru, Backward>(arithmetic, columns);
+}
+
+}  // namespace fastseq::recurrent

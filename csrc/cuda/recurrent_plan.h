@@ -1,0 +1,321 @@
+// Which persistent kernel runs a layer in one direction, and how it is cut: a pure function of the
+// problem and the chip, no CUDA in it.
+//
+// A group of blocks runs a tile of rows of the batch through all steps. Each of its blocks owns
+// some units, the weights of which stay in its registers and shared memory; what all units made in
+// a step (h forward, the gates' gradients backward) is exchanged between the steps: through the
+// block's shared memory, that of the blocks of a cluster, or L2.
+//
+// A block's product of a step is M rows (gates of units; units backward) by N columns (rows of the
+// batch) over K (all units; all their gates backward). Each warp makes a tile of whole units over a
+// split of K. The number of blocks and the splits, which decide in what order a sum is taken, do
+// not depend on the batch: a row's bits are the same whatever batch it came in.
+//
+// No figure here is measured yet. The costs are arithmetic on data-sheet rates and published
+// latencies, marked where they are guesses; tests/test_simt_recurrent.py checks the memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../recurrent.h"
+
+#ifdef __CUDACC__
+#define FASTSEQ_BOTH __host__ __device__
+#else
+#define FASTSEQ_BOTH
+#endif
+
+namespace fastseq::recurrent {
+
+// How the numbers of a product are multiplied; all add up in fp32. f32 is exact: no tensor core.
+enum class Arithmetic : int { f16, bf16, tf32, f32 };
+
+// Through what a group's blocks exchange the state.
+enum class Exchange : int { block, cluster, grid };
+
+constexpr int kMaxWarps = 16;        // of a block; 128 registers are left for each thread
+constexpr int kRegisters = 128;      // that the launch bounds leave
+constexpr int kMaxCluster = 16;      // above 8 a cluster is not portable, but H100 and H200 take it
+constexpr int kFragmentBytes = 512;  // of 16 by 16 (fp32: 16 by 8) weights, a lane's 16 in a row
+
+// A warp's tile: octets of 8 units with `slots` rows of the product each, which make `matrices` of
+// 16 rows. Of its split of K the first `held` chunks stay in registers, the others in shared
+// memory.
+struct Tile {
+  int octets, slots, matrices, held;
+  constexpr int units() const { return 8 * octets; }
+};
+
+// A chunk is 64 bytes of a column of the state: two fragments of weights for each matrix.
+constexpr int kChunkBytes = 64;
+constexpr int element_bytes(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::f16 || arithmetic == Arithmetic::bf16 ? 2 : 4;
+}
+constexpr int chunk_elements(Arithmetic arithmetic) {
+  return kChunkBytes / element_bytes(arithmetic);
+}
+
+// Held weights take 8 registers a chunk and matrix; as many are held as leave no kernel without
+// registers for the rest (the most it takes is 128, and tests/test_simt_recurrent.py has them all).
+constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
+  const bool exact = arithmetic == Arithmetic::f32, wide = rows > 8;
+  if (backward) {
+    if (cell == Cell::lstm) return exact ? 2 : wide ? 0 : 6;
+    if (cell == Cell::gru) return exact ? 3 : wide ? 2 : 6;
+    return exact ? 5 : wide ? 6 : 7;
+  }
+  if (cell == Cell::lstm) return exact ? 1 : wide ? 2 : 4;
+  if (cell == Cell::gru) return exact || wide ? 0 : 2;
+  return exact ? 5 : wide ? 6 : 8;
+}
+
+constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
+  const int held = held_chunks(cell, arithmetic, rows, backward);
+  if (backward) return {2, 1, 1, held};
+  if (cell == Cell::lstm) return {1, 4, 2, held};
+  if (cell == Cell::gru) return {2, 3, 3, held};
+  return {2, 1, 1, held};
+}
+
+struct Chip {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that a block can have
+  int max_cluster = 1;   // 1: none
+};
+
+struct Task {
+  Cell cell = Cell::lstm;
+  Arithmetic arithmetic = Arithmetic::bf16;
+  int64_t batch = 0, hidden = 0;
+  bool backward = false;
+  int directions = 1;  // that run at once
+};
+
+// Where a block's shared memory has what, in bytes from its start; pitches are of a row of the
+// batch. Of the state and the output one buffer is read while the other is filled; the input is
+// asked for two steps ahead.
+struct Layout {
+  int weights = 0;                        // [warp][chunk - held][matrix][2][lane][16]
+  int state = 0, state_pitch = 0;         // [2][rows][K]
+  int partial = 0;                        // [split - 1][tile][matrix][columns / 8][lane] float4
+  int input = 0, output = 0;              // [3] and [2] of stages, see stage_bytes
+  int input_bytes = 0, output_bytes = 0;  // of one
+  int counts = 0;                         // of bytes received, one for each state buffer
+  int bytes = 0;
+};
+
+struct Plan {
+  const char* rejected = nullptr;  // why no kernel takes the problem
+  Exchange exchange = Exchange::block;
+  int blocks = 0;  // of a group
+  int groups = 0;
+  int waves = 0;  // in which the groups run, one after the other
+  int rows = 0;   // of the batch in a group: 8 or 16
+  int units = 0;  // of a block, whole tiles; the last block may have fewer that exist
+  int tiles = 0, splits = 0;
+  int chunks = 0;        // of K, all of them
+  int split_chunks = 0;  // of a split; the last may have fewer
+  int threads = 0;
+  int64_t weight_bytes = 0;  // of a block: in registers and shared memory
+  double step_cycles = 0;    // an estimate
+  Layout layout;
+
+  int padded_units = 0;  // of the blocks that have any,
+  int sharers = 0;       // and how many those are
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A row of a stage: 16 bytes past a multiple of 64, so that the four pairs of rows a warp reads at
+// once lie in different banks.
+constexpr int kInputStages = 3;
+FASTSEQ_BOTH constexpr int stage_pitch(int bytes) { return (bytes + 63) / 64 * 64 + 16; }
+
+// What a step brings in and takes out through shared memory, of one unit and row: parts, each of so
+// many fields of so many bytes.
+struct Part {
+  int fields, bytes;
+};
+struct Parts {
+  Part part[5];
+};
+constexpr Parts input_parts(Cell cell, int element, bool backward) {
+  const int cells = cell == Cell::lstm ? 4 : 0;
+  if (!backward) return {{{gates_of(cell), element}}};
+  // Saved gates, gradient of the output, h or c of the step before, gradient of c.
+  const int before = cell == Cell::gru ? element : 0;
+  return {{{saved_of(cell), element}, {1, element}, {1, before}, {1, cells}, {1, cells}}};
+}
+constexpr Parts output_parts(Cell cell, int element, bool backward) {
+  const int cells = cell == Cell::lstm ? 4 : 0;
+  // Of a GRU the gradients of the gates, and where the hidden gates' is another.
+  if (backward) return {{{gates_of(cell), element}, {cell == Cell::gru ? 1 : 0, element}}};
+  return {{{1, element}, {saved_of(cell), element}, {1, cells}}};
+}
+
+constexpr int stage_bytes(const Parts& parts, int units, int rows) {
+  int bytes = 0;
+  for (const Part& part : parts.part)
+    if (part.fields * part.bytes > 0) bytes += rows * stage_pitch(part.fields * part.bytes * units);
+  return bytes;
+}
+
+// How a block's threads share out the units of a row: in pieces of 16 bytes where everything is
+// aligned to that, else of one element. i / divisor is i * reciprocal >> 32 (0 stands for 2^32)
+// while i * divisor < 2^32; of a stage, both are below 2^14.
+struct Copies {
+  int per_row2, per_row4;  // for elements of 2 and 4 bytes
+  uint32_t reciprocal2, reciprocal4;
+  bool wide;
+};
+inline Copies share_out(int units, bool wide) {
+  const auto reciprocal = [](int divisor) {
+    return divisor == 1 ? 0 : 0xffffffffu / static_cast<uint32_t>(divisor) + 1;
+  };
+  const int per_row2 = wide ? units / 8 : units, per_row4 = wide ? units / 4 : units;
+  return {per_row2, per_row4, reciprocal(per_row2), reciprocal(per_row4), wide};
+}
+
+// A column of the state: 64 bytes past a multiple of 128, so that a warp reads its eight columns'
+// 16 bytes in different banks.
+constexpr int state_pitch(int chunks) { return (chunks | 1) * kChunkBytes; }
+
+inline Layout lay_out(const Task& task, const Plan& plan) {
+  const Tile tile = tile_of(task.cell, task.arithmetic, plan.rows, task.backward);
+  const int element = element_bytes(task.arithmetic), columns = plan.rows / 8;
+  const int loose = std::max(0, plan.split_chunks - tile.held) * tile.matrices * 2;
+  Layout layout;
+  layout.state = plan.tiles * plan.splits * loose * kFragmentBytes;
+  layout.state_pitch = state_pitch(plan.chunks);
+  layout.partial = layout.state + 2 * plan.rows * layout.state_pitch;
+  layout.input = layout.partial + (plan.splits - 1) * plan.tiles * tile.matrices * columns * 512;
+  layout.input_bytes =
+      stage_bytes(input_parts(task.cell, element, task.backward), plan.units, plan.rows);
+  layout.output_bytes =
+      stage_bytes(output_parts(task.cell, element, task.backward), plan.units, plan.rows);
+  layout.output = layout.input + kInputStages * layout.input_bytes;
+  layout.counts = layout.output + 2 * layout.output_bytes;
+  layout.bytes = layout.counts + 16;
+  return layout;
+}
+
+// ---- costs, in cycles ---------------------------------------------------------------------------
+
+constexpr int kFragmentIssue = 8;     // of one multiplication on a quarter of a multiprocessor
+constexpr int kFragmentLatency = 33;  // until the next may add to its result
+constexpr int kSharedBytesPerCycle = 128;
+constexpr int kPointwise = 250;  // the chain of a cell's exponentials and quotients; a guess
+
+// Guesses: a barrier of a block; of a cluster, with the stores to its shared memory before it; of
+// a grid, with the state's way through L2.
+constexpr int exchange_cycles(Exchange exchange) {
+  return exchange == Exchange::block ? 40 : exchange == Exchange::cluster ? 500 : 1800;
+}
+
+inline double step_cycles(const Task& task, const Plan& plan) {
+  const Tile tile = tile_of(task.cell, task.arithmetic, plan.rows, task.backward);
+  const int warps = plan.tiles * plan.splits, columns = plan.rows / 8;
+  const double fragments = 2.0 * plan.split_chunks * tile.matrices;  // of a warp
+  double issue = fragments * columns * warps * kFragmentIssue / 4;
+  double chain = 2.0 * plan.split_chunks * kFragmentLatency;
+  if (task.arithmetic == Arithmetic::f32) {  // 32 FMAs a lane for each 8 columns
+    issue = fragments * columns * warps * 32 / 4;
+    chain = fragments * columns * 32;
+  }
+  const double loose = std::max(0, plan.split_chunks - tile.held) * 2 * tile.matrices;
+  const double shared =
+      warps * (loose + plan.split_chunks * columns) * kFragmentBytes / kSharedBytesPerCycle;
+  const double reduce =
+      plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices * columns;
+  return std::max({issue, chain, shared}) + reduce + kPointwise + exchange_cycles(plan.exchange);
+}
+
+// How many clusters of that size run at once. A cluster lies in one of the chip's groups of
+// multiprocessors, of up to 18 each: an estimate, as some have fewer.
+inline int clusters_at_once(const Chip& chip, int blocks) {
+  if (blocks == 1) return chip.multiprocessors;
+  return std::max(1, chip.multiprocessors / 18 * (18 / blocks));
+}
+
+// ---- the choice ---------------------------------------------------------------------------------
+
+// The kernel's cut for so many blocks, splits and rows; its layout may be larger than the chip's
+// shared memory. chunks is 0 where there is no such cut. The last blocks of a cluster may have no
+// units at all: its size is a power of two.
+inline Plan cut(const Task& task, int blocks, int splits, int rows) {
+  const Tile tile = tile_of(task.cell, task.arithmetic, rows, task.backward);
+  Plan plan;
+  const int64_t units = round_up(ceil_div(task.hidden, blocks), tile.units());
+  if (units > kMaxWarps * tile.units()) return plan;
+  plan.exchange = blocks == 1 ? Exchange::block : Exchange::cluster;
+  plan.blocks = blocks;
+  plan.rows = rows;
+  plan.groups =
+      static_cast<int>(std::min<int64_t>(ceil_div(task.batch, rows), 0x7fffffff / blocks));
+  plan.units = static_cast<int>(units);
+  plan.tiles = plan.units / tile.units();
+  plan.splits = splits;
+  plan.padded_units = static_cast<int>(round_up(task.hidden, units));
+  plan.sharers = plan.padded_units / plan.units;
+  const int64_t inner = int64_t{task.backward ? gates_of(task.cell) : 1} * plan.padded_units;
+  const int chunks = static_cast<int>(ceil_div(inner, chunk_elements(task.arithmetic)));
+  plan.split_chunks = static_cast<int>(ceil_div(chunks, splits));
+  if (plan.tiles * splits > kMaxWarps || (splits - 1) * plan.split_chunks >= chunks) return plan;
+  plan.chunks = chunks;
+  plan.threads = 32 * plan.tiles * splits;
+  const int held = std::min(plan.split_chunks, tile.held);
+  plan.weight_bytes = int64_t{2} * kFragmentBytes * tile.matrices * plan.tiles * plan.splits *
+                      std::max(plan.split_chunks, held);
+  plan.layout = lay_out(task, plan);
+  plan.step_cycles = step_cycles(task, plan);
+  return plan;
+}
+
+inline bool fits(const Plan& plan, const Chip& chip) {
+  return plan.chunks > 0 && plan.layout.bytes <= chip.shared_bytes;
+}
+
+// Past so many waves a library product for each step, which takes the whole batch at once, is no
+// slower; a guess.
+constexpr int kMaxWaves = 8;
+
+inline Plan rejected(const char* reason) {
+  Plan plan;
+  plan.rejected = reason;
+  return plan;
+}
+
+// Every cut there is, to test them: blocks and splits above 0 ask for this many.
+inline Plan choose(const Task& task, const Chip& chip, int blocks = 0, int splits = 0) {
+  if (task.hidden <= 0 || task.batch <= 0) return rejected("no persistent kernel without elements");
+  Plan best;
+  for (int b = blocks ? blocks : 1;
+       b <= (blocks ? blocks : std::min(chip.max_cluster, kMaxCluster)); b *= 2) {
+    for (int s = splits ? splits : 1; s <= (splits ? splits : kMaxWarps); ++s) {
+      const Plan plan = cut(task, b, s, 8);
+      if (fits(plan, chip) && (best.chunks == 0 || plan.step_cycles < best.step_cycles))
+        best = plan;
+    }
+  }
+  if (best.chunks == 0) {
+    return rejected(chip.max_cluster > 1
+                        ? "the recurrent weights do not fit into the multiprocessors of a cluster"
+                        : "the recurrent weights do not fit into one multiprocessor");
+  }
+  // Sixteen rows a group cost little more than eight; eight leave more groups to run at once.
+  const int at_once = clusters_at_once(chip, best.blocks);
+  const auto waves = [&](const Plan& plan) {
+    return static_cast<int>(ceil_div(int64_t{plan.groups} * task.directions, at_once));
+  };
+  if (element_bytes(task.arithmetic) == 2 && waves(best) > 1) {
+    const Plan wide = cut(task, best.blocks, best.splits, 16);
+    if (fits(wide, chip)) best = wide;
+  }
+  best.waves = waves(best);
+  if (best.waves > kMaxWaves) return rejected("more rows than fit the chip at once several times");
+  return best;
+}
+
+}  // namespace fastseq::recurrent

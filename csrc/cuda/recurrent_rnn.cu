@@ -1,0 +1,14 @@
+// The persistent kernels of the RNN: see recurrent_kernel.cuh.
+#include "recurrent_instances.cuh"
+
+namespace fastseq::recurrent {
+
+ForwardKernel rnn_forward_kernel(Arithmetic arithmetic, int columns) {
+  return instance<Cell::tanh, Forward>(arithmetic, columns);
+}
+
+BackwardKernel rnn_backward_kernel(Arithmetic arithmetic, int columns) {
+  return instance<Cell::tanh, Backward>(arithmetic, columns);
+}
+
+}  // namespace fastseq::recurrent

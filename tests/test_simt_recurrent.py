@@ -1,0 +1,245 @@
+"""The persistent recurrent kernels without a GPU: their plan, and every kernel run on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from simt import host as simt_host
+from simt.recurrent import (
+    A100,
+    Layer,
+    check_backward,
+    check_forward,
+    parameters,
+    plan,
+    run_backward,
+    run_forward,
+)
+
+KINDS = ("lstm", "gru", "tanh", "relu")
+ARITHMETICS = ("bf16", "f16", "tf32", "f32")
+FEW = (2, 232448, 16)  # so few multiprocessors that a group takes sixteen rows
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[simt_host.Host]:
+    if simt_host.compiler() is None:
+        pytest.skip("no C++ compiler")
+    with simt_host.Host(simt_host.build("recurrent")) as running:
+        yield running
+
+
+def check(host: simt_host.Host, layer: Layer, seed: int = 0) -> None:
+    made = check_forward(host, layer, seed)
+    check_backward(host, layer, made, seed)
+
+
+# The plan.
+
+
+def plan_or_none(host: simt_host.Host, layer: Layer, backward: bool) -> dict[str, int] | None:
+    try:
+        return plan(host, layer, backward)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_plans_fit_the_chip(host: simt_host.Host, backward: bool) -> None:
+    served = 0
+    for kind, arithmetic in itertools.product(("lstm", "gru", "tanh"), ARITHMETICS):
+        element = 2 if arithmetic.endswith("16") else 4
+        for hidden, batch in itertools.product((1, 33, 128, 200, 256, 512, 640, 1000), (1, 64)):
+            layer = Layer(kind, arithmetic, batch=batch, hidden=hidden)
+            for chip in (layer.chip, A100):
+                found = plan_or_none(host, dataclasses.replace(layer, chip=chip), backward)
+                if found is None:
+                    # What is turned down is large: its weights or its state would not fit.
+                    capacity = chip[2] * (chip[1] + (64 << 10))
+                    assert layer.gates * hidden * hidden * element > capacity / 3, (layer, chip)
+                    continue
+                served += 1
+                assert found["shared_bytes"] <= chip[1]
+                assert found["blocks"] <= chip[2]
+                assert found["threads"] == 32 * found["tiles"] * found["splits"] <= 512
+                assert found["units"] * found["blocks"] >= hidden
+                assert found["groups"] * found["rows"] >= batch
+                inner = (layer.gates if backward else 1) * hidden
+                assert found["chunks"] * 64 >= inner * element
+                assert found["split_chunks"] * found["splits"] >= found["chunks"]
+                assert found["weight_bytes"] * found["blocks"] >= layer.gates * hidden**2 * element
+    assert served > 60
+
+
+def test_how_a_sum_is_taken_does_not_depend_on_the_batch(host: simt_host.Host) -> None:
+    for kind, hidden, backward in itertools.product(KINDS[:3], (64, 192, 512), (False, True)):
+        order = set()
+        for batch in (1, 8, 9, 64, 100):
+            found = plan(host, Layer(kind, batch=batch, hidden=hidden), backward)
+            order.add((found["units"], found["splits"], found["split_chunks"], found["chunks"]))
+        assert len(order) == 1
+
+
+def test_plans_that_are_turned_down(host: simt_host.Host) -> None:
+    with pytest.raises(ValueError, match="do not fit into the multiprocessors of a cluster"):
+        plan(host, Layer(hidden=1024), False)
+    with pytest.raises(ValueError, match="do not fit into one multiprocessor"):
+        plan(host, Layer(hidden=512, chip=A100), False)
+    with pytest.raises(ValueError, match="more rows than fit the chip"):
+        plan(host, Layer(hidden=512, batch=4096), False)
+    with pytest.raises(ValueError, match="without elements"):
+        plan(host, Layer(batch=0), False)
+
+
+# The kernels. What every test takes is a sample of all combinations; the slow test takes more.
+
+ODD = [
+    # steps, batch, hidden, blocks
+    (1, 1, 1, 1),
+    (2, 3, 7, 1),
+    (3, 9, 33, 1),
+    (5, 8, 64, 1),
+    (2, 2, 120, 1),
+    (3, 3, 33, 2),
+    (4, 5, 50, 4),
+    (3, 9, 100, 8),
+    (3, 2, 70, 16),
+    (40, 2, 24, 1),
+    (40, 1, 40, 2),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_shapes(host: simt_host.Host, kind: str, shape: tuple[int, int, int, int]) -> None:
+    steps, batch, hidden, blocks = shape
+    turn = ODD.index(shape) + KINDS.index(kind)
+    layer = Layer(kind, ARITHMETICS[turn % 4], steps, batch, hidden, blocks)
+    check(host, layer, seed=turn)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_arithmetics(host: simt_host.Host, kind: str, arithmetic: str) -> None:
+    for blocks, splits in ((1, 2), (2, 1), (4, 2)):
+        check(host, Layer(kind, arithmetic, 3, 3, 60, blocks, splits))
+
+
+FULL = {"lengths": (4, 0, 1, 3, 9), "batch": 5, "steps": 4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reverse": True},
+        FULL,
+        {**FULL, "reverse": True},
+        {**FULL, "reverse": True, "blocks": 4, "bptt": 2},
+        {"keep": True},
+        {"keep": True, "arithmetic": "tf32", "blocks": 2},
+        {"bptt": 2, "steps": 5},
+        {"grad_clip": 0.05, "steps": 4},
+        {"transposed": True},
+        {"shifted": True, "hidden": 48},
+        {"hidden": 48, "batch": 8, "blocks": 2},
+        {"chip": FEW, "batch": 19, "hidden": 48},
+        {"chip": FEW, "batch": 13, "hidden": 36, "blocks": 2, "splits": 2, "arithmetic": "f16"},
+    ],
+    ids=str,
+)
+def test_options(host: simt_host.Host, kind: str, changed: dict[str, object]) -> None:
+    layer = dataclasses.replace(Layer(kind), **changed)
+    if "chip" in changed:
+        assert plan(host, layer, False)["rows"] == plan(host, layer, True)["rows"] == 16
+    check(host, layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_registers_and_in_shared_memory(host: simt_host.Host, kind: str) -> None:
+    # One split, so that a warp has more chunks of weights than registers for them.
+    layer = Layer(kind, steps=2, batch=2, hidden=290 if kind in ("tanh", "relu") else 168, blocks=4)
+    layer = dataclasses.replace(layer, splits=1)
+    assert plan(host, layer, False)["split_chunks"] > 4
+    check(host, layer)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_gradients_that_are_not_given(host: simt_host.Host, kind: str) -> None:
+    layer = Layer(kind, blocks=2)
+    made = check_forward(host, layer)
+    names = ("grad_output", "grad_cells", "grad_h_n", "grad_c_n")
+    for absent in (*((name,) for name in names), names[:3]):
+        check_backward(host, layer, made, absent=absent)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_inference_has_the_same_bits(host: simt_host.Host, kind: str) -> None:
+    layer = Layer(kind, blocks=2, lengths=(3, 1, 2))
+    saved, bare = run_forward(host, layer), run_forward(host, layer, save=False)
+    assert set(bare) == set(saved) - {"gates", "cells"}
+    for name, value in bare.items():
+        np.testing.assert_array_equal(value, saved[name])
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_row_does_not_depend_on_its_batch(host: simt_host.Host, kind: str) -> None:
+    few = Layer(kind, batch=3, hidden=48, blocks=2)
+    many = dataclasses.replace(few, batch=20, chip=FEW)
+    assert plan(host, many, True)["rows"] == 16 != plan(host, few, True)["rows"]
+    given = parameters(many)
+    mine = {
+        name: value if name in ("weight_hh", "bias_hh") else value[..., :3, :]
+        for name, value in given.items()
+    }
+    all_rows = run_forward(host, many)
+    own = run_forward(host, few, **mine)
+    back_all = run_backward(host, many, all_rows)
+    back_own = run_backward(host, few, {**mine, **own})
+    for every, own_rows in ((all_rows, own), (back_all, back_own)):
+        for name, value in own_rows.items():
+            np.testing.assert_array_equal(value, every[name][..., :3, :], err_msg=name)
+
+
+@pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (1, 2), (2, 1), (4, 2), (16, 1)])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_same_bits_under_every_schedule(
+    host: simt_host.Host, kind: str, blocks: int, splits: int
+) -> None:
+    layer = Layer(kind, steps=6, batch=8, hidden=64, blocks=blocks, splits=splits)
+    results = set()
+    for seed in range(8):
+        made = run_forward(host, layer, seed)
+        found = run_backward(host, layer, made, seed)
+        results.add(b"".join(v.tobytes() for v in (*made.values(), *found.values())))
+    assert len(results) == 1
+
+
+def test_nan_stays_in_its_row(host: simt_host.Host) -> None:
+    layer = Layer("gru", blocks=2)
+    x = parameters(layer)["gates_x"]
+    x[1, 1, 5] = np.nan
+    made = run_forward(host, layer, gates_x=x)
+    assert np.isnan(made["output"][1:, 1]).any()
+    assert np.isfinite(made["output"][:, [0, 2]]).all()
+    found = run_backward(host, layer, made)
+    assert np.isnan(found["gates_x"][:, 1]).any()
+    assert np.isfinite(found["gates_x"][:, [0, 2]]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_every_combination(host: simt_host.Host, kind: str, arithmetic: str) -> None:
+    sizes = itertools.product((1, 2, 7), (1, 8, 17), (1, 31, 64, 90), (1, 2, 4, 8, 16))
+    for turn, (steps, batch, hidden, blocks) in enumerate(sizes):
+        layer = Layer(kind, arithmetic, steps, batch, hidden, blocks, reverse=turn % 2 == 1)
+        check(host, layer, seed=turn)
