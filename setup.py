@@ -49,7 +49,8 @@ CPU_KERNELS = [
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.
 EXACT = {*CPU_KERNELS} - {"recurrent"}
-CUDA_KERNELS = ["layer_norm"]  # csrc/cuda/<family>.cu
+# csrc/cuda/<family>.cu, and the parts of a family that has too many kernels for one file.
+CUDA_KERNELS = ["layer_norm", *(f"recurrent{part}" for part in ("", "_lstm", "_gru", "_rnn"))]
 
 
 class BuildExtension(build_ext):

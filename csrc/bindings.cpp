@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "recurrent_forward(Tensor gates_x, Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor? norm_hh, Tensor? norm_c, Tensor? bias_c, Tensor? lengths, "
       "Tensor? seed, Tensor? keep, int cell, bool reverse, float zoneout_h, float zoneout_c, "
-      "int threshold_h, int threshold_c, float eps, bool save) "
+      "int threshold_h, int threshold_c, float eps, bool save, bool tf32) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "recurrent_backward(Tensor gates, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
@@ -90,7 +90,10 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "Tensor h0, Tensor? c0, Tensor weight_hh, Tensor? weight_hr, Tensor? norm_hh, "
       "Tensor? norm_c, Tensor? bias_c, Tensor? lengths, Tensor? seed, Tensor? keep, int cell, "
       "bool reverse, float zoneout_h, float zoneout_c, int threshold_h, int threshold_c, int bptt, "
-      "float grad_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float grad_clip, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_plan(int cell, ScalarType dtype, bool tf32, int batch, int hidden, bool backward, "
+      "int device, int[] chip) -> str");
   m.def(
       "recurrent_cell_forward(Tensor gates_x, Tensor gates_h, Tensor h, Tensor? c, int cell, "
       "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -102,6 +105,7 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&fastseq::cpu_instruction_set));
   m.impl("cuda_architectures", TORCH_BOX(&fastseq::cuda_architectures));
+  m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent_plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
@@ -129,6 +133,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CUDA, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cuda_op));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cuda_op));
+  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cuda_op));
+  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward_cuda_op));
 }
 #endif
 

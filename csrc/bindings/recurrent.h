@@ -2,7 +2,12 @@
 #pragma once
 
 #include "../cpu/instruction_set.h"
+#include "../cuda/recurrent_plan.h"
 #include "common.h"
+
+#ifdef FASTSEQ_CUDA
+#include "../cuda/recurrent.h"
+#endif
 
 namespace fastseq {
 namespace {
@@ -77,12 +82,17 @@ void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Kernel
   parallel(problem.batch, 1 + 65536 / work, kernel);
 }
 
-Tensors7 recurrent_forward_cpu(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
-                               MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
-                               MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
-                               MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
-                               double zoneout_h, double zoneout_c, int64_t threshold_h,
-                               int64_t threshold_c, double eps, bool save) {
+// Allocates what the op returns, fills in the problem and has launch solve it: the same for the CPU
+// and CUDA, as is the backward.
+template <class Launch>
+Tensors7 recurrent_forward(const Tensor& gates_x, const Tensor& h0, const MaybeTensor& c0,
+                           const Tensor& weight_hh, const MaybeTensor& bias_hh,
+                           const MaybeTensor& weight_hr, const MaybeTensor& norm_hh,
+                           const MaybeTensor& norm_c, const MaybeTensor& bias_c,
+                           const MaybeTensor& lengths, const MaybeTensor& seed,
+                           const MaybeTensor& keep, int64_t cell, bool reverse, double zoneout_h,
+                           double zoneout_c, int64_t threshold_h, int64_t threshold_c, double eps,
+                           bool save, Launch launch) {
   RecurrentForward problem;
   const int64_t steps = gates_x.size(0), batch = gates_x.size(1);
   const int64_t hidden = gates_x.size(2) / gates_of(static_cast<Cell>(cell)), state = h0.size(1);
@@ -110,21 +120,22 @@ Tensors7 recurrent_forward_cpu(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor
   problem.gates = output_of(gates);
   problem.normalized = output_of(normalized);
   problem.statistics = output_of(statistics);
-  run_recurrent(problem, false, h0, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->forward(problem, begin, end);
-  });
+  launch(problem);
   return {output, h_n, c_n, cells, gates, normalized, statistics};
 }
 
-Tensors6 recurrent_backward_cpu(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
-                                MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
-                                Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
-                                MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
-                                MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
-                                MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
-                                int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
-                                int64_t threshold_h, int64_t threshold_c, int64_t bptt,
-                                double grad_clip) {
+template <class Launch>
+Tensors6 recurrent_backward(const Tensor& gates, const MaybeTensor& grad_output,
+                            const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                            const MaybeTensor& grad_cells, const Tensor& output,
+                            const Tensor& cells, const Tensor& normalized, const Tensor& statistics,
+                            const Tensor& h0, const MaybeTensor& c0, const Tensor& weight_hh,
+                            const MaybeTensor& weight_hr, const MaybeTensor& norm_hh,
+                            const MaybeTensor& norm_c, const MaybeTensor& bias_c,
+                            const MaybeTensor& lengths, const MaybeTensor& seed,
+                            const MaybeTensor& keep, int64_t cell, bool reverse, double zoneout_h,
+                            double zoneout_c, int64_t threshold_h, int64_t threshold_c,
+                            int64_t bptt, double grad_clip, Launch launch) {
   RecurrentBackward problem;
   const Cell kind = static_cast<Cell>(cell);
   const int64_t steps = gates.size(0), batch = gates.size(1), state = h0.size(1);
@@ -161,11 +172,148 @@ Tensors6 recurrent_backward_cpu(Tensor gates, MaybeTensor grad_output, MaybeTens
   problem.grad_c0 = output_of(grad_c0);
   problem.grad_projected = output_of(grad_projected);
   problem.grad_rows = output_of(grad_rows);
-  run_recurrent(problem, true, h0, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->backward(problem, begin, end);
-  });
+  launch(problem);
   return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
 }
+
+Tensors7 recurrent_forward_cpu(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
+                               MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
+                               MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
+                               MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
+                               double zoneout_h, double zoneout_c, int64_t threshold_h,
+                               int64_t threshold_c, double eps, bool save, bool) {
+  return recurrent_forward(gates_x, h0, c0, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
+                           lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c, threshold_h,
+                           threshold_c, eps, save, [&](RecurrentForward& problem) {
+                             run_recurrent(problem, false, h0, [&](int64_t begin, int64_t end) {
+                               instruction_set().recurrent->forward(problem, begin, end);
+                             });
+                           });
+}
+
+Tensors6 recurrent_backward_cpu(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
+                                MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
+                                Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
+                                MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
+                                MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
+                                MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
+                                int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
+                                int64_t threshold_h, int64_t threshold_c, int64_t bptt,
+                                double grad_clip, bool) {
+  return recurrent_backward(gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells,
+                            normalized, statistics, h0, c0, weight_hh, weight_hr, norm_hh, norm_c,
+                            bias_c, lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c,
+                            threshold_h, threshold_c, bptt, grad_clip,
+                            [&](RecurrentBackward& problem) {
+                              run_recurrent(problem, true, h0, [&](int64_t begin, int64_t end) {
+                                instruction_set().recurrent->backward(problem, begin, end);
+                              });
+                            });
+}
+
+// ---- persistent CUDA kernels --------------------------------------------------------------------
+
+recurrent::Arithmetic arithmetic_of(DType dtype, bool tf32) {
+  if (dtype == DType::f16) return recurrent::Arithmetic::f16;
+  if (dtype == DType::bf16) return recurrent::Arithmetic::bf16;
+  return tf32 ? recurrent::Arithmetic::tf32 : recurrent::Arithmetic::f32;
+}
+
+// What plan the problem gets on a chip given as multiprocessors, bytes of shared memory of a block
+// and blocks of a cluster, or on a device (an empty chip): "key=value ..." in the order of the
+// fields, or "rejected: " and the reason.
+std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t batch, int64_t hidden,
+                           bool backward, int64_t device, std::vector<int64_t> chip) {
+  recurrent::Chip limits;
+  if (chip.size() == 3) {
+    limits = {static_cast<int>(chip[0]), static_cast<int>(chip[1]), static_cast<int>(chip[2])};
+  } else {
+#ifdef FASTSEQ_CUDA
+    const BlockLimits block = block_limits_cuda(static_cast<int>(device));
+    limits = {multiprocessor_count_cuda(static_cast<int>(device)), block.shared_bytes,
+              block.cluster};
+#else
+    static_cast<void>(device);
+    return "rejected: built without nvcc";
+#endif
+  }
+  const DType type = dtype == ScalarType::Half       ? DType::f16
+                     : dtype == ScalarType::BFloat16 ? DType::bf16
+                                                     : DType::f32;
+  const recurrent::Task task{static_cast<Cell>(cell), arithmetic_of(type, tf32), batch, hidden,
+                             backward};
+  const recurrent::Plan plan = recurrent::choose(task, limits);
+  if (plan.rejected != nullptr) return std::string("rejected: ") + plan.rejected;
+  std::string text =
+      plan.exchange == recurrent::Exchange::block ? "exchange=block" : "exchange=cluster";
+  const auto add = [&](const char* name, int64_t value) {
+    text += std::string(" ") + name + "=" + std::to_string(value);
+  };
+  add("blocks", plan.blocks);
+  add("groups", plan.groups);
+  add("waves", plan.waves);
+  add("rows", plan.rows);
+  add("units", plan.units);
+  add("tiles", plan.tiles);
+  add("splits", plan.splits);
+  add("chunks", plan.chunks);
+  add("split_chunks", plan.split_chunks);
+  add("threads", plan.threads);
+  add("shared_bytes", plan.layout.bytes);
+  add("weight_bytes", plan.weight_bytes);
+  add("step_cycles", static_cast<int64_t>(plan.step_cycles));
+  return text;
+}
+
+#ifdef FASTSEQ_CUDA
+
+// Plans the problem for the device and launches it.
+template <class Problem, class Kernel>
+void run_persistent(const CudaCall& call, const char* name, const Problem& problem, bool backward,
+                    bool tf32, Kernel kernel) {
+  const recurrent::Arithmetic arithmetic = arithmetic_of(problem.dtype, tf32);
+  const BlockLimits block = block_limits_cuda(call.device);
+  const recurrent::Plan plan = recurrent::choose(
+      {problem.cell, arithmetic, problem.batch, problem.hidden, backward},
+      {multiprocessor_count_cuda(call.device), block.shared_bytes, block.cluster});
+  call.check(name, kernel(problem, plan, arithmetic, call.stream));
+}
+
+Tensors7 recurrent_forward_cuda_op(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
+                                   MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
+                                   MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
+                                   MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
+                                   double zoneout_h, double zoneout_c, int64_t threshold_h,
+                                   int64_t threshold_c, double eps, bool save, bool tf32) {
+  const CudaCall call(h0);
+  return recurrent_forward(gates_x, h0, c0, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
+                           lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c, threshold_h,
+                           threshold_c, eps, save, [&](const RecurrentForward& problem) {
+                             run_persistent(call, "recurrent", problem, false, tf32,
+                                            recurrent_forward_cuda);
+                           });
+}
+
+Tensors6 recurrent_backward_cuda_op(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
+                                    MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
+                                    Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
+                                    MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
+                                    MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
+                                    MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
+                                    int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
+                                    int64_t threshold_h, int64_t threshold_c, int64_t bptt,
+                                    double grad_clip, bool tf32) {
+  const CudaCall call(h0);
+  return recurrent_backward(
+      gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, normalized, statistics, h0,
+      c0, weight_hh, weight_hr, norm_hh, norm_c, bias_c, lengths, seed, keep, cell, reverse,
+      zoneout_h, zoneout_c, threshold_h, threshold_c, bptt, grad_clip,
+      [&](const RecurrentBackward& problem) {
+        run_persistent(call, "recurrent backward", problem, true, tf32, recurrent_backward_cuda);
+      });
+}
+
+#endif
 
 // ---- one step, from both halves of the gates ----------------------------------------------------
 

@@ -16,4 +16,15 @@ int multiprocessor_count_cuda(int device) {
   return count;
 }
 
+BlockLimits block_limits_cuda(int device) {
+  int shared_bytes = 0, major = 0;
+  if (cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+    return {48 << 10, 1};
+  // Clusters came with Hopper; 8 blocks are what every such chip takes, its data-centre chips and
+  // Blackwell's (9 and 10) take 16.
+  return {shared_bytes, major < 9 ? 1 : major <= 10 ? 16 : 8};
+}
+
 }  // namespace fastseq

@@ -12,6 +12,7 @@ A result that a call does not have is an empty tensor. The public functions are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from ._op import define_op, extension_op
 
 _extension_forward = extension_op("recurrent_forward")
 _extension_backward = extension_op("recurrent_backward")
+_extension_plan = extension_op("recurrent_plan")
 #: As ``enum class Cell`` of csrc/recurrent.h.
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -103,7 +105,7 @@ def _zoneout(a: Forward | Backward) -> tuple[float, float, int, int]:
 
 def _forward_by_extension(a: Forward) -> Tensors7:
     result: Tensors7 = _extension_forward(
-        _steps(a.gates_x), *a[1:12], KINDS[a.kind], a.reverse, *_zoneout(a), a.eps, a.save
+        _steps(a.gates_x), *a[1:12], KINDS[a.kind], a.reverse, *_zoneout(a), a.eps, a.save, _tf32()
     )
     return result
 
@@ -214,6 +216,7 @@ def _backward_by_extension(a: Backward) -> Tensors6:
         *_zoneout(a),
         a.bptt,
         a.grad_clip,
+        _tf32(),
     )
     return result
 
@@ -266,12 +269,67 @@ def _triton_rejects(a: Forward | Backward) -> str | None:
     return None
 
 
+def persistent_plan(
+    kind: str,
+    dtype: torch.dtype,
+    batch: int,
+    hidden: int,
+    backward: bool,
+    device: int = 0,
+    chip: tuple[int, int, int] | None = None,
+    tf32: bool = False,
+) -> dict[str, str]:
+    """How a persistent CUDA kernel runs a layer in one direction, or why none does.
+
+    ``csrc/cuda/recurrent_plan.h`` has the choice; the figures are for people and tests.
+
+    Args:
+        kind: ``lstm``, ``gru``, ``tanh`` or ``relu``.
+        backward: the plan of the backward.
+        device: the CUDA device whose limits count, where ``chip`` is None.
+        chip: multiprocessors, bytes of shared memory a block can have, blocks of a cluster.
+        tf32: fp32 products by tensor cores.
+
+    Returns:
+        ``exchange`` (``block`` or ``cluster``), ``blocks`` of a group, ``groups`` and so on; or
+        ``rejected`` alone, with the reason.
+    """
+    limits = [] if chip is None else list(chip)
+    text = _extension_plan(KINDS[kind], dtype, tf32, batch, hidden, backward, device, limits)
+    reason = text.removeprefix("rejected: ")
+    if reason != text:
+        return {"rejected": reason}
+    return dict(field.split("=") for field in text.split())
+
+
+@lru_cache(maxsize=1024)
+def _no_plan(*task: Any) -> str | None:
+    return persistent_plan(*task).get("rejected")
+
+
+def _tf32() -> bool:
+    """Whether fp32 products may be rounded, as torch decides for the layer's other products."""
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def _cuda_rejects(a: Forward | Backward) -> str | None:
+    reason = _triton_rejects(a)
+    if reason is not None:
+        return reason
+    if a.weight_hr is not None:
+        return "no persistent kernel with projection"
+    backward = isinstance(a, Backward)
+    tf32 = a.h0.dtype == torch.float32 and _tf32()
+    return _no_plan(a.kind, a.h0.dtype, *a.h0.shape, backward, a.h0.get_device(), None, tf32)
+
+
 forward_op = define_op(
     _FORWARD,
     Forward,
     forward_outputs,
     (
         Candidate("cpu", _forward_by_extension),
+        Candidate("cuda", _forward_by_extension, _cuda_rejects),
         Candidate("triton", _forward_by_triton, _triton_rejects),
         Candidate("reference", _forward_by_reference),
     ),
@@ -283,6 +341,7 @@ backward_op = define_op(
     backward_outputs,
     (
         Candidate("cpu", _backward_by_extension),
+        Candidate("cuda", _backward_by_extension, _cuda_rejects),
         Candidate("triton", _backward_by_triton, _triton_rejects),
         Candidate("reference", _backward_by_reference),
     ),

@@ -58,6 +58,7 @@ def _short_names(symbols: list[str]) -> dict[str, str]:
     short = {}
     for symbol, name in zip(symbols, demangled, strict=True):
         without = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        without = re.sub(r"\((?:\w+::)+\w+\)(?=\d)", "", without)  # the type of an enumerator
         without = re.sub(r"\([\w:]+\)(?=\d)", "", without)  # an enum's number keeps no type
         short[symbol] = re.sub(r"^(\w+::)*", "", without.split("(")[0]).strip()
     return short

@@ -1,0 +1,128 @@
+"""The persistent kernels with one of their orderings taken out, to see that the tests notice.
+
+A copy of the sources lies in the build folder; in it every place of ``FAULTS`` does something else
+when the program is told so. One compilation, of one pair of kernels, serves them all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from simt import host
+
+#: What is wrong -> the header, what stands there and what stands there instead; SKIP is true when
+#: this fault is asked for.
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "no barrier between steps": (
+        "kernel",
+        "    __syncthreads();\n    if (goes_on)",
+        "    if (!SKIP) __syncthreads();\n    if (goes_on)",
+    ),
+    "no wait for the others' state": (
+        "kernel",
+        "if (goes_on) wait_for_state",
+        "if (goes_on && !SKIP) wait_for_state",
+    ),
+    "splits add up too early": (
+        "kernel",
+        "  __syncthreads();\n  if (place.split > 0) return;",
+        "  if (!SKIP) __syncthreads();\n  if (place.split > 0) return;",
+    ),
+    "one buffer of the state": ("kernel", "(n % 2) * plan.rows", "(SKIP ? 0 : n % 2) * plan.rows"),
+    "the first state before zeros": (
+        "kernel",
+        "  __syncthreads();\n  pass.begin();",
+        "  if (!SKIP) __syncthreads();\n  pass.begin();",
+    ),
+    "no barrier before the first step": (
+        "kernel",
+        "    cluster_barrier();",
+        "if (!SKIP) cluster_barrier();",
+    ),
+    "input before it has come": (
+        "kernel",
+        "    copy_wait<1>();\n    if (n > 0)",
+        "    if (!SKIP) copy_wait<1>();\n    if (n > 0)",
+    ),
+    "a warp sends what it has not written": (
+        "group",
+        "  __syncwarp();",
+        "  if (!SKIP) __syncwarp();",
+    ),
+    "fewer bytes expected": (
+        "group",
+        "(plan.sharers - 1) * plan.rows * row_bytes",
+        "(plan.sharers - 1) * plan.rows * row_bytes - (SKIP ? 16 : 0)",
+    ),
+    "one stage of results": (
+        "forward",
+        "n % 2 * plan.layout.output_bytes",
+        "(SKIP ? 0 : n % 2) * plan.layout.output_bytes",
+    ),
+    "two stages of input": ("forward", "n % kInputStages *", "n % (SKIP ? 2 : kInputStages) *"),
+    "an index one too far": (
+        "forward",
+        "(place.tile * kOctets + octet) * 8",
+        "(place.tile * kOctets + octet) * 8 + (SKIP ? 1 : 0)",
+    ),
+}
+
+_KERNELS = """
+#include "recurrent.h"
+#include "recurrent_backward.cuh"
+#include "recurrent_forward.cuh"
+#include "recurrent_kernel.cuh"
+namespace fastseq { int fault = -1; }
+namespace fastseq::recurrent {
+ForwardKernel lstm_forward_kernel(Arithmetic, int) {
+  return &persistent_kernel<Forward<Cell::lstm, Arithmetic::bf16, 1>>;
+}
+BackwardKernel lstm_backward_kernel(Arithmetic, int) {
+  return &persistent_kernel<Backward<Cell::lstm, Arithmetic::bf16, 1>>;
+}
+ForwardKernel gru_forward_kernel(Arithmetic, int) { return nullptr; }
+ForwardKernel rnn_forward_kernel(Arithmetic, int) { return nullptr; }
+BackwardKernel gru_backward_kernel(Arithmetic, int) { return nullptr; }
+BackwardKernel rnn_backward_kernel(Arithmetic, int) { return nullptr; }
+}  // namespace fastseq::recurrent
+"""
+
+
+def build() -> Path:
+    """The program: LSTM in bf16 with tiles of eight rows, and ``fault``, which chooses one."""
+    folder = host.BUILD / "faults"
+    cuda = folder / "csrc" / "cuda"
+    for part in ("cuda", "math"):
+        shutil.copytree(host.ROOT / "csrc" / part, folder / "csrc" / part, dirs_exist_ok=True)
+    for header in ("recurrent.h", "types.h"):
+        shutil.copy(host.ROOT / "csrc" / header, folder / "csrc")
+    for number, (header, before, after) in enumerate(FAULTS.values()):
+        path = cuda / f"recurrent_{header}.cuh"
+        text = path.read_text()
+        assert before in text, f"{path.name} has no {before!r} (any more)"
+        path.write_text(
+            text.replace(before, after.replace("SKIP", f"(::fastseq::fault == {number})"))
+        )
+    declared = cuda / "mma.cuh"
+    declared.write_text(
+        declared.read_text().replace(
+            "#pragma once", "#pragma once\nnamespace fastseq { extern int fault; }"
+        )
+    )
+    kernels = cuda / "faulty_kernels.cu"
+    kernels.write_text(_KERNELS)
+    launcher = (cuda / "recurrent.cu").rename(cuda / "faulty_launcher.cu")
+    server = folder / "csrc" / "cuda" / "faulty_server.cpp"
+    text = (host.HERE / "recurrent_server.cpp").read_text()
+    text = text.replace("../../csrc/cuda/recurrent.h", "recurrent.h")
+    text = text.replace('"server.h"', f'"{host.HERE / "server.h"}"')
+    text = text.replace(
+        "namespace simt {", "namespace fastseq { extern int fault; }\nnamespace simt {", 1
+    )
+    choose = 'functions["fault"] = [](Request& request) -> const char* {\n'
+    choose += "    fastseq::fault = static_cast<int>(request.integer());\n    return nullptr;\n  };"
+    text = text.replace('functions["plan"] = plan;', f'functions["plan"] = plan;\n  {choose}')
+    server.write_text(text)
+    host.PROGRAMS["recurrent_faults"] = [server, kernels, launcher]
+    return host.build("recurrent_faults")
