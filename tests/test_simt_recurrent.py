@@ -63,13 +63,14 @@ def test_plans_fit_the_chip(host: simt_host.Host, backward: bool) -> None:
             for chip in (layer.chip, A100):
                 found = plan_or_none(host, dataclasses.replace(layer, chip=chip), backward)
                 if found is None:
-                    # What is turned down is large: its weights or its state would not fit.
-                    capacity = chip[2] * (chip[1] + (64 << 10))
-                    assert layer.gates * hidden * hidden * element > capacity / 3, (layer, chip)
+                    # What is turned down is large: its weights, or backward the state.
+                    gates = layer.gates * hidden * element
+                    assert gates * hidden > chip[0] * chip[1] or gates * 16 > chip[1] / 2, layer
                     continue
                 served += 1
                 assert found["shared_bytes"] <= chip[1]
-                assert found["blocks"] <= chip[2]
+                limit = chip[0] if found["exchange"] == 2 else chip[2]
+                assert found["blocks"] <= limit
                 assert found["threads"] == 32 * found["tiles"] * found["splits"] <= 512
                 assert found["units"] * found["blocks"] >= hidden
                 assert found["groups"] * found["rows"] >= batch
@@ -89,11 +90,21 @@ def test_how_a_sum_is_taken_does_not_depend_on_the_batch(host: simt_host.Host) -
         assert len(order) == 1
 
 
+def test_a_block_then_a_cluster_then_a_grid(host: simt_host.Host) -> None:
+    for backward in (False, True):
+        exchanges = [
+            plan(host, Layer(hidden=hidden), backward)["exchange"] for hidden in (64, 400, 900)
+        ]
+        assert exchanges == [0, 1, 2]
+        # Without clusters.
+        for hidden, exchange in ((64, 0), (400, 2)):
+            found = plan(host, Layer(hidden=hidden, chip=A100), backward)
+            assert found["exchange"] == exchange
+
+
 def test_plans_that_are_turned_down(host: simt_host.Host) -> None:
-    with pytest.raises(ValueError, match="do not fit into the multiprocessors of a cluster"):
-        plan(host, Layer(hidden=1024), False)
-    with pytest.raises(ValueError, match="do not fit into one multiprocessor"):
-        plan(host, Layer(hidden=512, chip=A100), False)
+    with pytest.raises(ValueError, match="do not fit on the chip"):
+        plan(host, Layer(hidden=4096), False)
     with pytest.raises(ValueError, match="more rows than fit the chip"):
         plan(host, Layer(hidden=512, batch=4096), False)
     with pytest.raises(ValueError, match="without elements"):
@@ -164,6 +175,27 @@ def test_options(host: simt_host.Host, kind: str, changed: dict[str, object]) ->
     check(host, layer)
 
 
+GRIDS = [
+    {"steps": 5, "hidden": 100, "blocks": 4},
+    {"steps": 3, "hidden": 50, "arithmetic": "f32", "blocks": 2, "splits": 2},
+    {"steps": 40, "batch": 1, "hidden": 24, "arithmetic": "f16"},
+    # Two launches, of sixteen rows.
+    {"steps": 4, "batch": 19, "hidden": 128, "blocks": 4, "chip": (6, 232448, 1), "reverse": True},
+    {**FULL, "hidden": 48, "arithmetic": "tf32"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changed", GRIDS, ids=str)
+def test_grids(host: simt_host.Host, kind: str, changed: dict[str, object]) -> None:
+    layer = dataclasses.replace(Layer(kind, exchange="grid"), **changed)
+    if "chip" in changed:
+        found = plan(host, layer, True)
+        assert (found["rows"], found["waves"]) == (16, 2)
+    for seed in range(3):
+        check(host, layer, seed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_in_registers_and_in_shared_memory(host: simt_host.Host, kind: str) -> None:
     # One split, so that a warp has more chunks of weights than registers for them.
@@ -210,12 +242,16 @@ def test_a_row_does_not_depend_on_its_batch(host: simt_host.Host, kind: str) -> 
             np.testing.assert_array_equal(value, every[name][..., :3, :], err_msg=name)
 
 
-@pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (1, 2), (2, 1), (4, 2), (16, 1)])
+@pytest.mark.parametrize(
+    ("exchange", "blocks", "splits"),
+    [("block", 1, 1), ("block", 1, 2), ("cluster", 2, 1), ("cluster", 4, 2), ("cluster", 16, 1),
+     ("grid", 4, 1)],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_same_bits_under_every_schedule(
-    host: simt_host.Host, kind: str, blocks: int, splits: int
+    host: simt_host.Host, kind: str, exchange: str, blocks: int, splits: int
 ) -> None:
-    layer = Layer(kind, steps=6, batch=8, hidden=64, blocks=blocks, splits=splits)
+    layer = Layer(kind, "bf16", 6, 8, 64, blocks, splits, exchange)
     results = set()
     for seed in range(8):
         made = run_forward(host, layer, seed)
@@ -298,11 +334,12 @@ def faulty() -> Path:
 
 @pytest.mark.parametrize("name", recurrent_faults.FAULTS)
 def test_a_missing_order_is_noticed(faulty: Path, name: str) -> None:
+    exchange = "grid" if "grid" in name else "cluster"
     for seed in range(16):
         with simt_host.Host(faulty) as host:
             number = list(recurrent_faults.FAULTS).index(name)
             assert host.call("fault", [], [number]) is None
-            layer = Layer(steps=6, batch=8, hidden=64, blocks=2, splits=1 + seed % 2)
+            layer = Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange)
             try:
                 check(host, layer, seed)
             except (AssertionError, simt_host.Fault):
@@ -313,4 +350,5 @@ def test_a_missing_order_is_noticed(faulty: Path, name: str) -> None:
 def test_without_a_fault_nothing_is_noticed(faulty: Path) -> None:
     with simt_host.Host(faulty) as host:
         for seed in range(16):
-            check(host, Layer(steps=6, batch=8, hidden=64, blocks=2, splits=1 + seed % 2), seed)
+            for exchange in ("cluster", "grid"):
+                check(host, Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange), seed)

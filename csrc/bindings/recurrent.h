@@ -244,8 +244,9 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
                              backward};
   const recurrent::Plan plan = recurrent::choose(task, limits);
   if (plan.rejected != nullptr) return std::string("rejected: ") + plan.rejected;
-  std::string text =
-      plan.exchange == recurrent::Exchange::block ? "exchange=block" : "exchange=cluster";
+  std::string text = plan.exchange == recurrent::Exchange::block     ? "exchange=block"
+                     : plan.exchange == recurrent::Exchange::cluster ? "exchange=cluster"
+                                                                     : "exchange=grid";
   const auto add = [&](const char* name, int64_t value) {
     text += std::string(" ") + name + "=" + std::to_string(value);
   };
@@ -269,14 +270,16 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
 
 // Plans the problem for the device and launches it.
 template <class Problem, class Kernel>
-void run_persistent(const CudaCall& call, const char* name, const Problem& problem, bool backward,
-                    bool tf32, Kernel kernel) {
+void run_persistent(const CudaCall& call, const char* name, const Problem& problem,
+                    const Tensor& like, bool backward, bool tf32, Kernel kernel) {
   const recurrent::Arithmetic arithmetic = arithmetic_of(problem.dtype, tf32);
   const BlockLimits block = block_limits_cuda(call.device);
   const recurrent::Plan plan = recurrent::choose(
       {problem.cell, arithmetic, problem.batch, problem.hidden, backward},
       {multiprocessor_count_cuda(call.device), block.shared_bytes, block.cluster});
-  call.check(name, kernel(problem, plan, arithmetic, call.stream));
+  // Freed to torch's allocator on return: it hands the memory to later work of this stream.
+  const Tensor workspace = empty({recurrent::workspace_bytes(plan)}, ScalarType::Char, like);
+  call.check(name, kernel(problem, plan, arithmetic, workspace.data_ptr(), call.stream));
 }
 
 Tensors7 recurrent_forward_cuda_op(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
@@ -289,7 +292,7 @@ Tensors7 recurrent_forward_cuda_op(Tensor gates_x, Tensor h0, MaybeTensor c0, Te
   return recurrent_forward(gates_x, h0, c0, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
                            lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c, threshold_h,
                            threshold_c, eps, save, [&](const RecurrentForward& problem) {
-                             run_persistent(call, "recurrent", problem, false, tf32,
+                             run_persistent(call, "recurrent", problem, h0, false, tf32,
                                             recurrent_forward_cuda);
                            });
 }
@@ -304,13 +307,14 @@ Tensors6 recurrent_backward_cuda_op(Tensor gates, MaybeTensor grad_output, Maybe
                                     int64_t threshold_h, int64_t threshold_c, int64_t bptt,
                                     double grad_clip, bool tf32) {
   const CudaCall call(h0);
-  return recurrent_backward(
-      gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, normalized, statistics, h0,
-      c0, weight_hh, weight_hr, norm_hh, norm_c, bias_c, lengths, seed, keep, cell, reverse,
-      zoneout_h, zoneout_c, threshold_h, threshold_c, bptt, grad_clip,
-      [&](const RecurrentBackward& problem) {
-        run_persistent(call, "recurrent backward", problem, true, tf32, recurrent_backward_cuda);
-      });
+  return recurrent_backward(gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells,
+                            normalized, statistics, h0, c0, weight_hh, weight_hr, norm_hh, norm_c,
+                            bias_c, lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c,
+                            threshold_h, threshold_c, bptt, grad_clip,
+                            [&](const RecurrentBackward& problem) {
+                              run_persistent(call, "recurrent backward", problem, h0, true, tf32,
+                                             recurrent_backward_cuda);
+                            });
 }
 
 #endif

@@ -1,6 +1,8 @@
 // Launches the persistent recurrent kernels.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "recurrent.h"
 
@@ -67,15 +69,31 @@ const char* check(const Recurrent& a, const Plan& plan, Arithmetic arithmetic) {
 
 template <class Kernel, class Problem>
 const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithmetic arithmetic,
-                void* stream) {
+                void* memory, void* stream_handle) {
   if (kernel == nullptr) return "recurrent: no kernel of so many rows";
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  const bool is_grid = plan.exchange == Exchange::grid;
+  if (is_grid && memory == nullptr) return "recurrent: a grid needs a workspace";
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(plan.groups * plan.blocks));
   shape.block = dim3(static_cast<unsigned>(plan.threads));
   shape.shared_bytes = static_cast<size_t>(plan.layout.bytes);
   shape.cluster = plan.exchange == Exchange::cluster ? static_cast<unsigned>(plan.blocks) : 1;
-  const cudaError_t error = launch(kernel, shape, static_cast<cudaStream_t>(stream), problem, plan,
-                                   share_out(plan.units, is_wide(problem, arithmetic)));
+  shape.cooperative = is_grid;
+  const Copies copies = share_out(plan.units, is_wide(problem, arithmetic));
+  // What is not a grid is launched at once, and runs as there is room.
+  const int each = is_grid ? plan.at_once : plan.groups;
+  const size_t count_bytes = is_grid ? size_t{4} * kCountStride * plan.at_once : 0;
+  Workspace workspace;
+  workspace.counts = static_cast<unsigned*>(memory);
+  workspace.states = static_cast<char*>(memory) + count_bytes;
+  cudaError_t error = cudaSuccess;
+  for (int first = 0; first < plan.groups && error == cudaSuccess; first += each) {
+    workspace.first_group = first;
+    shape.grid = dim3(static_cast<unsigned>(std::min(each, plan.groups - first) * plan.blocks));
+    if (is_grid) error = cudaMemsetAsync(workspace.counts, 0, count_bytes, stream);
+    if (error == cudaSuccess)
+      error = launch(kernel, shape, stream, problem, plan, copies, workspace);
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -83,19 +101,21 @@ const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithme
 }  // namespace recurrent
 
 const char* recurrent_forward_cuda(const RecurrentForward& problem, const recurrent::Plan& plan,
-                                   recurrent::Arithmetic arithmetic, void* stream) {
+                                   recurrent::Arithmetic arithmetic, void* workspace,
+                                   void* stream) {
   using namespace recurrent;
   if (const char* reason = check(problem, plan, arithmetic)) return reason;
   return run(forward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
-             stream);
+             workspace, stream);
 }
 
 const char* recurrent_backward_cuda(const RecurrentBackward& problem, const recurrent::Plan& plan,
-                                    recurrent::Arithmetic arithmetic, void* stream) {
+                                    recurrent::Arithmetic arithmetic, void* workspace,
+                                    void* stream) {
   using namespace recurrent;
   if (const char* reason = check(problem, plan, arithmetic)) return reason;
   return run(backward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
-             stream);
+             workspace, stream);
 }
 
 }  // namespace fastseq

@@ -7,18 +7,20 @@
 namespace fastseq {
 
 // Launch what plan says (choose() of recurrent_plan.h, not rejected) on a stream; return null, or
-// what went wrong. All tensors but those given with strides are contiguous.
+// what went wrong. All tensors but those given with strides are contiguous. workspace has
+// workspace_bytes(plan), aligned to 16.
 const char* recurrent_forward_cuda(const RecurrentForward& problem, const recurrent::Plan& plan,
-                                   recurrent::Arithmetic arithmetic, void* stream);
+                                   recurrent::Arithmetic arithmetic, void* workspace, void* stream);
 const char* recurrent_backward_cuda(const RecurrentBackward& problem, const recurrent::Plan& plan,
-                                    recurrent::Arithmetic arithmetic, void* stream);
+                                    recurrent::Arithmetic arithmetic, void* workspace,
+                                    void* stream);
 
 namespace recurrent {
 
 // An instance of the kernels for a cell, in a file for each; columns is a tile's rows / 8. Null
 // where there is none.
-using ForwardKernel = void (*)(RecurrentForward, Plan, Copies);
-using BackwardKernel = void (*)(RecurrentBackward, Plan, Copies);
+using ForwardKernel = void (*)(RecurrentForward, Plan, Copies, Workspace);
+using BackwardKernel = void (*)(RecurrentBackward, Plan, Copies, Workspace);
 ForwardKernel lstm_forward_kernel(Arithmetic arithmetic, int columns);
 ForwardKernel gru_forward_kernel(Arithmetic arithmetic, int columns);
 ForwardKernel rnn_forward_kernel(Arithmetic arithmetic, int columns);

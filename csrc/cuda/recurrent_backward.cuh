@@ -265,10 +265,10 @@ struct Backward {
         }
   }
 
-  __device__ __forceinline__ void publish(int n, char* next) const {
-    char* const units = next + (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, kGates, kRows, kElement>(plan, place, shared, n, units,
-                                           plan.padded_units * kElement);
+  __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
+    const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
+    send<kOctets, kFields, kRows, kElement>(plan, place, workspace, shared, n, next, units,
+                                            plan.padded_units * kElement);
   }
 
   __device__ __forceinline__ void finish(const Sums& sums) {

@@ -201,9 +201,9 @@ struct Forward {
         }
   }
 
-  __device__ __forceinline__ void publish(int n, char* next) const {
-    char* const units = next + (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, 1, kRows, kElement>(plan, place, shared, n, units, 0);
+  __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
+    const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
+    send<kOctets, kFields, kRows, kElement>(plan, place, workspace, shared, n, next, units, 0);
   }
 
   __device__ __forceinline__ void finish() const {

@@ -17,10 +17,11 @@ struct Place {
   int rows;  // that exist
 };
 
-__device__ __forceinline__ Place place_of(const Plan& plan, int64_t batch, int64_t hidden) {
+__device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int64_t batch,
+                                          int64_t hidden) {
   Place place;
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  place.group = block / plan.blocks;
+  place.group = block / plan.blocks;  // of this launch
   place.rank = block % plan.blocks;
   place.warp = thread / 32;
   place.lane = thread % 32;
@@ -29,7 +30,7 @@ __device__ __forceinline__ Place place_of(const Plan& plan, int64_t batch, int64
   place.first_unit = place.rank * plan.units;
   place.units =
       static_cast<int>(max(int64_t{0}, min(int64_t{plan.units}, hidden - place.first_unit)));
-  place.first_row = int64_t{place.group} * plan.rows;
+  place.first_row = (int64_t{first_group} + place.group) * plan.rows;
   place.rows = static_cast<int>(min(int64_t{plan.rows}, batch - place.first_row));
   return place;
 }
@@ -49,36 +50,62 @@ __device__ __forceinline__ uint64_t* count_of(const Plan& plan, char* shared, in
 }
 
 __device__ __forceinline__ void expect_state(const Plan& plan, char* shared, int n, int row_bytes) {
-  if (plan.sharers == 1 || threadIdx.x != 0) return;
+  if (plan.exchange != Exchange::cluster || plan.sharers == 1 || threadIdx.x != 0) return;
   transfer_expect(count_of(plan, shared, n),
                   static_cast<unsigned>((plan.sharers - 1) * plan.rows * row_bytes));
 }
 
 __device__ __forceinline__ void wait_for_state(const Plan& plan, char* shared, int n) {
-  if (plan.sharers > 1)
+  if (plan.exchange == Exchange::cluster && plan.sharers > 1)
     transfer_wait(count_of(plan, shared, n), static_cast<unsigned>((n - 1) / 2 % 2));
 }
 
+// Where a piece of state n that lies at `piece` in the block's shared memory lies in the group's
+// global memory, which the blocks of a grid exchange it through.
+__device__ __forceinline__ uint4* global_state(const Workspace& workspace, const Plan& plan,
+                                               const Place& place, int n, int row, int byte) {
+  const int64_t buffer = 2 * int64_t{place.group} + n % 2;
+  return reinterpret_cast<uint4*>(workspace.states + (buffer * plan.rows + row) * plan.state_bytes +
+                                  byte);
+}
+
 // Sends what the warp's lanes have written into state n of their own block to the others: of each
-// row and field, the 8 * kOctets units that begin at `units`.
+// row and field, the 8 * kOctets units that begin at byte `units` of a row.
 template <int kOctets, int kFields, int kRows, int kElement>
-__device__ __forceinline__ void send(const Plan& plan, const Place& place, char* shared, int n,
-                                     char* units, int field_bytes) {
+__device__ __forceinline__ void send(const Plan& plan, const Place& place,
+                                     const Workspace& workspace, char* shared, int n, char* state,
+                                     int units, int field_bytes) {
   constexpr int kPieces = kOctets * kElement / 2;  // of 16 bytes, in a field
   constexpr int kCount = kPieces * kFields * kRows;
   if (plan.sharers == 1) return;
+  const bool is_grid = plan.exchange == Exchange::grid;
   __syncwarp();
 #pragma unroll 1
-  for (int i = place.lane; i < kCount * (plan.sharers - 1); i += 32) {
+  for (int i = place.lane; i < (is_grid ? kCount : kCount * (plan.sharers - 1)); i += 32) {
     // Each begins with the block after it, so that not all write to the same at once.
     int peer = place.rank + 1 + i / kCount;
     if (peer >= plan.sharers) peer -= plan.sharers;
     const int piece = i % kCount, row = piece / (kPieces * kFields);
     const int field = piece / kPieces % kFields;
-    uint4* const from = reinterpret_cast<uint4*>(units + row * plan.layout.state_pitch +
-                                                 field * field_bytes + piece % kPieces * 16);
-    transfer_send(from, *from, count_of(plan, shared, n), static_cast<unsigned>(peer));
+    const int byte = units + field * field_bytes + piece % kPieces * 16;
+    uint4* const from = reinterpret_cast<uint4*>(state + row * plan.layout.state_pitch + byte);
+    if (is_grid) {
+      __stcg(global_state(workspace, plan, place, n, row, byte), *from);
+    } else {
+      transfer_send(from, *from, count_of(plan, shared, n), static_cast<unsigned>(peer));
+    }
   }
+}
+
+// All of state n from the group's global memory.
+__device__ __forceinline__ void fetch_state(const Plan& plan, const Place& place,
+                                            const Workspace& workspace, char* state, int n) {
+  const int pieces = plan.state_bytes / 16;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  for (int row = 0; row < plan.rows; ++row)
+    for (int i = place.warp * 32 + place.lane; i < pieces; i += warps * 32)
+      *reinterpret_cast<uint4*>(state + row * plan.layout.state_pitch + i * 16) =
+          __ldcg(global_state(workspace, plan, place, n, row, i * 16));
 }
 
 // ---- copies between global memory and a stage ---------------------------------------------------

@@ -11,7 +11,7 @@ namespace fastseq::recurrent {
 
 template <Cell kCell, template <Cell, Arithmetic, int> class Pass>
 auto instance(Arithmetic arithmetic, int columns)
-    -> void (*)(typename Pass<kCell, Arithmetic::f32, 1>::Problem, Plan, Copies) {
+    -> void (*)(typename Pass<kCell, Arithmetic::f32, 1>::Problem, Plan, Copies, Workspace) {
   switch (arithmetic) {
     case Arithmetic::f16:
       return columns == 1 ? &persistent_kernel<Pass<kCell, Arithmetic::f16, 1>>

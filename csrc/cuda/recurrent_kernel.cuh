@@ -8,7 +8,8 @@
 //   4  gates, cell and h of the thread's own units in registers; results to a stage
 //   5  own h goes to the state of every block of the group
 //   6  the results of the step before leave the stage for global memory
-//   7  a barrier of the block; and all of the next state must have come from the others
+//   7  a barrier of the block; and all of the next state must have come from the others, in a grid
+//      by a counter and L2
 //
 // The state has two buffers, written for step n + 1 while step n's is read; see recurrent_group.cuh
 // for why that is enough. The backward is the same with other products: of the gates' gradients
@@ -56,10 +57,11 @@ __device__ __forceinline__ void add_splits(Sums& sums, const Plan& plan, const P
 
 template <class Pass>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
-    persistent_kernel(const typename Pass::Problem problem, const Plan plan, const Copies copies) {
+    persistent_kernel(const typename Pass::Problem problem, const Plan plan, const Copies copies,
+                      const Workspace workspace) {
   FASTSEQ_DYNAMIC_SHARED(char, shared);
   constexpr Tile kTile = Pass::kTile;
-  const Place place = place_of(plan, problem.batch, problem.hidden);
+  const Place place = place_of(plan, workspace.first_group, problem.batch, problem.hidden);
   Pass pass(problem, plan, place, shared, copies);
 
   // Columns of rows that do not exist, and inner elements of units that do not, are zeros for good.
@@ -96,6 +98,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     weights.multiply(sums, state(n), plan.layout.state_pitch, place.lane);
     add_splits<typename Pass::Sums, kTile.matrices, Pass::kN>(sums, plan, place, shared);
   };
+  const bool is_grid = plan.exchange == Exchange::grid;
+  unsigned* const count = workspace.counts + kCountStride * place.group;
   for (int n = 0; n < steps; ++n) {
     const bool goes_on = Pass::kBackward || n + 1 < steps;  // somebody reads the next state
     if (goes_on) expect_state(plan, shared, n + 1, Pass::kFields * plan.units * Pass::kElement);
@@ -104,10 +108,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     multiply(n);
     if (place.split == 0) {
       pass.step(n, sums, state(n + 1));
-      if (goes_on) pass.publish(n + 1, state(n + 1));
+      if (goes_on) pass.publish(n + 1, state(n + 1), workspace);
     }
     copy_wait<1>();
-    if (n > 0) pass.take(n - 1);
+    if (is_grid && goes_on) {
+      grid_arrive(count);
+      if (n > 0) pass.take(n - 1);
+      grid_wait(count, static_cast<unsigned>((n + 1) * plan.blocks));
+      fetch_state(plan, place, workspace, state(n + 1), n + 1);
+    } else if (n > 0) {
+      pass.take(n - 1);
+    }
     __syncthreads();
     if (goes_on) wait_for_state(plan, shared, n + 1);
   }

@@ -84,6 +84,16 @@ struct Chip {
   int max_cluster = 1;   // 1: none
 };
 
+// What the blocks of a grid share in global memory, for a launch of some of the groups: their
+// states, [group][2][rows][state_bytes], and how many blocks have written them, a count for each
+// group that is zero before the launch, 128 bytes apart.
+struct Workspace {
+  char* states = nullptr;
+  unsigned* counts = nullptr;
+  int first_group = 0;
+};
+constexpr int kCountStride = 32;  // in counts
+
 struct Task {
   Cell cell = Cell::lstm;
   Arithmetic arithmetic = Arithmetic::bf16;
@@ -110,9 +120,10 @@ struct Plan {
   Exchange exchange = Exchange::block;
   int blocks = 0;  // of a group
   int groups = 0;
-  int waves = 0;  // in which the groups run, one after the other
-  int rows = 0;   // of the batch in a group: 8 or 16
-  int units = 0;  // of a block, whole tiles; the last block may have fewer that exist
+  int at_once = 0;  // groups that run at once: an estimate, but of a grid what a launch has
+  int waves = 0;    // in which all run, one after the other
+  int rows = 0;     // of the batch in a group: 8 or 16
+  int units = 0;    // of a block, whole tiles; the last block may have fewer that exist
   int tiles = 0, splits = 0;
   int chunks = 0;        // of K, all of them
   int split_chunks = 0;  // of a split; the last may have fewer
@@ -123,6 +134,7 @@ struct Plan {
 
   int padded_units = 0;  // of the blocks that have any,
   int sharers = 0;       // and how many those are
+  int state_bytes = 0;   // of a row of the state, as far as units reach
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -206,10 +218,11 @@ inline Layout lay_out(const Task& task, const Plan& plan) {
 constexpr int kFragmentIssue = 8;     // of one multiplication on a quarter of a multiprocessor
 constexpr int kFragmentLatency = 33;  // until the next may add to its result
 constexpr int kSharedBytesPerCycle = 128;
+constexpr int kGlobalBytesPerCycle = 64;  // of a multiprocessor, from L2
 constexpr int kPointwise = 250;  // the chain of a cell's exponentials and quotients; a guess
 
-// Guesses: a barrier of a block; of a cluster, with the stores to its shared memory before it; of
-// a grid, with the state's way through L2.
+// Guesses: a barrier of a block; one and the way through a cluster's shared memory; one, a flag's
+// way through L2 and the state's first byte.
 constexpr int exchange_cycles(Exchange exchange) {
   return exchange == Exchange::block ? 40 : exchange == Exchange::cluster ? 500 : 1800;
 }
@@ -229,27 +242,34 @@ inline double step_cycles(const Task& task, const Plan& plan) {
       warps * (loose + plan.split_chunks * columns) * kFragmentBytes / kSharedBytesPerCycle;
   const double reduce =
       plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices * columns;
-  return std::max({issue, chain, shared}) + reduce + kPointwise + exchange_cycles(plan.exchange);
+  // Every block of a grid reads all of the state from L2.
+  const double fetch = plan.exchange == Exchange::grid
+                           ? plan.rows * double(plan.state_bytes) / kGlobalBytesPerCycle
+                           : 0;
+  return std::max({issue, chain, shared}) + reduce + kPointwise + fetch +
+         exchange_cycles(plan.exchange);
 }
 
-// How many clusters of that size run at once. A cluster lies in one of the chip's groups of
-// multiprocessors, of up to 18 each: an estimate, as some have fewer.
-inline int clusters_at_once(const Chip& chip, int blocks) {
-  if (blocks == 1) return chip.multiprocessors;
-  return std::max(1, chip.multiprocessors / 18 * (18 / blocks));
+// How many groups run at once. A cluster lies in one of the chip's groups of multiprocessors, of up
+// to 18 each: an estimate, as some have fewer. All of a grid runs at once or not at all.
+inline int groups_at_once(const Chip& chip, const Plan& plan) {
+  if (plan.exchange != Exchange::cluster) return chip.multiprocessors / plan.blocks;
+  return std::max(1, chip.multiprocessors / 18 * (18 / plan.blocks));
 }
 
 // ---- the choice ---------------------------------------------------------------------------------
 
 // The kernel's cut for so many blocks, splits and rows; its layout may be larger than the chip's
 // shared memory. chunks is 0 where there is no such cut. The last blocks of a cluster may have no
-// units at all: its size is a power of two.
-inline Plan cut(const Task& task, int blocks, int splits, int rows) {
+// units at all: its size is a power of two. A grid has as many as have units.
+inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int blocks, int splits,
+                int rows) {
   const Tile tile = tile_of(task.cell, task.arithmetic, rows, task.backward);
   Plan plan;
   const int64_t units = round_up(ceil_div(task.hidden, blocks), tile.units());
   if (units > kMaxWarps * tile.units()) return plan;
-  plan.exchange = blocks == 1 ? Exchange::block : Exchange::cluster;
+  if (exchange == Exchange::grid) blocks = static_cast<int>(ceil_div(task.hidden, units));
+  plan.exchange = exchange;
   plan.blocks = blocks;
   plan.rows = rows;
   plan.groups =
@@ -260,6 +280,7 @@ inline Plan cut(const Task& task, int blocks, int splits, int rows) {
   plan.padded_units = static_cast<int>(round_up(task.hidden, units));
   plan.sharers = plan.padded_units / plan.units;
   const int64_t inner = int64_t{task.backward ? gates_of(task.cell) : 1} * plan.padded_units;
+  plan.state_bytes = static_cast<int>(inner) * element_bytes(task.arithmetic);
   const int chunks = static_cast<int>(ceil_div(inner, chunk_elements(task.arithmetic)));
   plan.split_chunks = static_cast<int>(ceil_div(chunks, splits));
   if (plan.tiles * splits > kMaxWarps || (splits - 1) * plan.split_chunks >= chunks) return plan;
@@ -270,6 +291,9 @@ inline Plan cut(const Task& task, int blocks, int splits, int rows) {
                       std::max(plan.split_chunks, held);
   plan.layout = lay_out(task, plan);
   plan.step_cycles = step_cycles(task, plan);
+  plan.at_once = groups_at_once(chip, plan);
+  if (plan.at_once == 0) return Plan{};
+  plan.waves = static_cast<int>(ceil_div(int64_t{plan.groups} * task.directions, plan.at_once));
   return plan;
 }
 
@@ -287,35 +311,59 @@ inline Plan rejected(const char* reason) {
   return plan;
 }
 
-// Every cut there is, to test them: blocks and splits above 0 ask for this many.
-inline Plan choose(const Task& task, const Chip& chip, int blocks = 0, int splits = 0) {
-  if (task.hidden <= 0 || task.batch <= 0) return rejected("no persistent kernel without elements");
+// The quickest cut that fits, of 8 rows. Groups of a grid take so many blocks that few run at once:
+// it is the quickest for 64 rows.
+inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int blocks,
+                     int splits) {
+  const int first = exchange == Exchange::block ? 1 : 2;
+  const int last = exchange == Exchange::block     ? 1
+                   : exchange == Exchange::cluster ? std::min(chip.max_cluster, kMaxCluster)
+                                                   : chip.multiprocessors;
   Plan best;
-  for (int b = blocks ? blocks : 1;
-       b <= (blocks ? blocks : std::min(chip.max_cluster, kMaxCluster)); b *= 2) {
-    for (int s = splits ? splits : 1; s <= (splits ? splits : kMaxWarps); ++s) {
-      const Plan plan = cut(task, b, s, 8);
-      if (fits(plan, chip) && (best.chunks == 0 || plan.step_cycles < best.step_cycles))
-        best = plan;
+  double least = 0;
+  for (int b = first; b <= last; b *= 2) {
+    if (blocks != 0 && b != blocks) continue;
+    for (int s = 1; s <= kMaxWarps; ++s) {
+      if (splits != 0 && s != splits) continue;
+      const Plan plan = cut(task, chip, exchange, b, s, 8);
+      if (!fits(plan, chip)) continue;
+      const double cost =
+          plan.step_cycles * (exchange == Exchange::grid ? ceil_div(8, plan.at_once) : 1);
+      if (best.chunks == 0 || cost < least) best = plan, least = cost;
     }
   }
-  if (best.chunks == 0) {
-    return rejected(chip.max_cluster > 1
-                        ? "the recurrent weights do not fit into the multiprocessors of a cluster"
-                        : "the recurrent weights do not fit into one multiprocessor");
-  }
-  // Sixteen rows a group cost little more than eight; eight leave more groups to run at once.
-  const int at_once = clusters_at_once(chip, best.blocks);
-  const auto waves = [&](const Plan& plan) {
-    return static_cast<int>(ceil_div(int64_t{plan.groups} * task.directions, at_once));
+  return best;
+}
+
+// The plan. A block alone or a cluster, whichever is quicker, and where the weights do not fit
+// these a grid. For tests, exchange, blocks and splits can be asked for (below or at 0: they are
+// not).
+inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int blocks = 0,
+                   int splits = 0) {
+  if (task.hidden <= 0 || task.batch <= 0) return rejected("no persistent kernel without elements");
+  const auto of = [&](Exchange which) {
+    if (exchange >= 0 && exchange != static_cast<int>(which)) return Plan{};
+    return quickest(task, chip, which, blocks, splits);
   };
-  if (element_bytes(task.arithmetic) == 2 && waves(best) > 1) {
-    const Plan wide = cut(task, best.blocks, best.splits, 16);
+  Plan best = of(Exchange::block);
+  const Plan cluster = of(Exchange::cluster);
+  if (best.chunks == 0 || (cluster.chunks > 0 && cluster.step_cycles < best.step_cycles))
+    best = cluster;
+  if (best.chunks == 0) best = of(Exchange::grid);
+  if (best.chunks == 0) return rejected("the recurrent weights do not fit on the chip");
+  // Sixteen rows a group cost little more than eight; eight leave more groups to run at once.
+  if (element_bytes(task.arithmetic) == 2 && best.waves > 1) {
+    const Plan wide = cut(task, chip, best.exchange, best.blocks, best.splits, 16);
     if (fits(wide, chip)) best = wide;
   }
-  best.waves = waves(best);
   if (best.waves > kMaxWaves) return rejected("more rows than fit the chip at once several times");
   return best;
+}
+
+// Bytes of a grid's workspace, the counts first; 0 for others.
+inline int64_t workspace_bytes(const Plan& plan) {
+  if (plan.exchange != Exchange::grid) return 0;
+  return plan.at_once * (4 * kCountStride + int64_t{2} * plan.rows * plan.state_bytes);
 }
 
 }  // namespace fastseq::recurrent

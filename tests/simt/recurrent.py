@@ -21,9 +21,10 @@ from simt.layer_norm import DTYPES, U, half_ulp, rounded, to_bytes, to_floats
 
 CELLS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 ARITHMETIC = {"f16": 0, "bf16": 1, "tf32": 2, "f32": 3}
+EXCHANGES = {"": -1, "block": 0, "cluster": 1, "grid": 2}
 FIGURES = (
     "blocks", "groups", "waves", "rows", "units", "tiles", "splits", "chunks", "split_chunks",
-    "threads", "shared_bytes", "weight_bytes",
+    "threads", "shared_bytes", "weight_bytes", "exchange",
 )  # fmt: skip
 H200 = (132, 232448, 16)
 A100 = (108, 166912, 1)
@@ -31,7 +32,7 @@ A100 = (108, 166912, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer in one direction. ``blocks`` and ``splits``: 0 leaves them to the plan."""
+    """A layer in one direction. ``exchange``, ``blocks``, ``splits``: 0 leaves them to the plan."""
 
     kind: str = "lstm"
     arithmetic: str = "bf16"
@@ -40,6 +41,7 @@ class Layer:
     hidden: int = 40
     blocks: int = 0
     splits: int = 0
+    exchange: str = ""
     reverse: bool = False
     lengths: tuple[int, ...] | None = None
     keep: bool = False
@@ -63,7 +65,7 @@ class Layer:
 
     def task(self) -> list[int]:
         numbers = [CELLS[self.kind], ARITHMETIC[self.arithmetic], self.batch, self.hidden, 1]
-        return [*numbers, *self.chip, self.blocks, self.splits]
+        return [*numbers, *self.chip, EXCHANGES[self.exchange], self.blocks, self.splits]
 
     def __str__(self) -> str:
         default = Layer()

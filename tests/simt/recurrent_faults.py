@@ -42,13 +42,24 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "input before it has come": (
         "kernel",
-        "    copy_wait<1>();\n    if (n > 0)",
-        "    if (!SKIP) copy_wait<1>();\n    if (n > 0)",
+        "    copy_wait<1>();\n    if (is_grid",
+        "    if (!SKIP) copy_wait<1>();\n    if (is_grid",
     ),
     "a warp sends what it has not written": (
         "group",
         "  __syncwarp();",
         "  if (!SKIP) __syncwarp();",
+    ),
+    "no wait for a grid": ("kernel", "grid_wait(count,", "if (!SKIP) grid_wait(count,"),
+    "a grid's state is not fetched": (
+        "kernel",
+        "fetch_state(plan,",
+        "if (!SKIP) fetch_state(plan,",
+    ),
+    "one buffer of a grid's state": (
+        "group",
+        "2 * int64_t{place.group} + n % 2",
+        "2 * int64_t{place.group} + (SKIP ? 0 : n % 2)",
     ),
     "fewer bytes expected": (
         "group",

@@ -27,9 +27,15 @@ Plan read_plan(Request& request, const Task& task) {
   chip.multiprocessors = static_cast<int>(request.integer());
   chip.shared_bytes = static_cast<int>(request.integer());
   chip.max_cluster = static_cast<int>(request.integer());
+  const int exchange = static_cast<int>(request.integer());
   const int blocks = static_cast<int>(request.integer());
   const int splits = static_cast<int>(request.integer());
-  return fastseq::recurrent::choose(task, chip, blocks, splits);
+  return fastseq::recurrent::choose(task, chip, exchange, blocks, splits);
+}
+
+// Of its exact size and full of poison.
+std::vector<char> workspace_of(const Plan& plan) {
+  return std::vector<char>(static_cast<size_t>(fastseq::recurrent::workspace_bytes(plan)), '\xff');
 }
 
 fastseq::Steps read_steps(Request& request) {
@@ -69,7 +75,8 @@ const char* forward(Request& request) {
   problem.c_n = request.pointer();
   problem.gates = request.pointer();
   problem.cells = request.pointer();
-  return fastseq::recurrent_forward_cuda(problem, plan, task.arithmetic, nullptr);
+  std::vector<char> memory = workspace_of(plan);
+  return fastseq::recurrent_forward_cuda(problem, plan, task.arithmetic, memory.data(), nullptr);
 }
 
 const char* backward(Request& request) {
@@ -90,7 +97,8 @@ const char* backward(Request& request) {
   problem.grad_gates_h = request.pointer();
   problem.grad_h0 = request.pointer();
   problem.grad_c0 = request.pointer();
-  return fastseq::recurrent_backward_cuda(problem, plan, task.arithmetic, nullptr);
+  std::vector<char> memory = workspace_of(plan);
+  return fastseq::recurrent_backward_cuda(problem, plan, task.arithmetic, memory.data(), nullptr);
 }
 
 // Figures of a plan, or its reason.
@@ -99,9 +107,19 @@ const char* plan(Request& request) {
   const Task task = read_task(request, is_backward);
   const Plan plan = read_plan(request, task);
   if (plan.rejected != nullptr) return plan.rejected;
-  const int64_t figures[] = {plan.blocks,       plan.groups,  plan.waves,        plan.rows,
-                             plan.units,        plan.tiles,   plan.splits,       plan.chunks,
-                             plan.split_chunks, plan.threads, plan.layout.bytes, plan.weight_bytes};
+  const int64_t figures[] = {plan.blocks,
+                             plan.groups,
+                             plan.waves,
+                             plan.rows,
+                             plan.units,
+                             plan.tiles,
+                             plan.splits,
+                             plan.chunks,
+                             plan.split_chunks,
+                             plan.threads,
+                             plan.layout.bytes,
+                             plan.weight_bytes,
+                             static_cast<int64_t>(plan.exchange)};
   auto* to = static_cast<int64_t*>(request.pointer());
   for (const int64_t figure : figures) *to++ = figure;
   return nullptr;
