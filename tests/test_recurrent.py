@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastseq
-from fastseq import functional, nn
+from fastseq import _extension, functional, nn
 from fastseq.backends import recorded
+from fastseq.ops import recurrent as recurrent_op
+from fastseq.ops.recurrent import persistent_plan
 from fastseq.random import draw_seed, keep_mask
 from fastseq.testing import OPERATORS, Case
 from fastseq.testing.check import check
@@ -736,3 +738,40 @@ def test_auto_takes_torchs_where_that_is_ahead() -> None:
     assert taken("LSTM", 20, 8, proj_size=32) == "cpu"
     assert taken("GRU", 20, 8) == taken("RNN", 20, 8) == "cpu"
     assert taken("GRU", 2, 8) == taken("RNN", 2, 8) == "torch"
+
+
+# --- persistent CUDA kernels: the choice; test_simt_recurrent.py has what they compute -----------
+
+H200 = (132, 232448, 16)  # multiprocessors, shared memory of a block, blocks of a cluster
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
+def test_persistent_plan() -> None:
+    for hidden, exchange in ((64, "block"), (512, "cluster"), (1024, "grid")):
+        found = persistent_plan("lstm", torch.bfloat16, 16, hidden, False, chip=H200)
+        assert found["exchange"] == exchange
+        assert int(found["units"]) * int(found["blocks"]) >= hidden
+        assert int(found["shared_bytes"]) <= H200[1]
+    large = persistent_plan("gru", torch.float32, 4, 4096, True, chip=H200)
+    assert large == {"rejected": "the recurrent weights do not fit on the chip"}
+    exact, rounded = (
+        persistent_plan("gru", torch.float32, 4, 128, False, chip=H200, tf32=tf32)
+        for tf32 in (False, True)
+    )
+    assert int(exact["step_cycles"]) > int(rounded["step_cycles"])
+
+
+def test_persistent_kernels_turn_down() -> None:
+    x, h, weight = torch.zeros(2, 3, 20), torch.zeros(3, 5), torch.zeros(20, 5)
+    plain = recurrent_op.Forward(
+        x, h, h, weight, *(None,) * 8, "lstm", False, 0.0, 0.0, 1e-5, False
+    )
+    for changed, reason in (
+        ({"h0": h.double()}, "fp64"),
+        ({"norm_hh": torch.ones(20)}, "layer norm"),
+        ({"zoneout_c": 0.1}, "zoneout"),
+        ({"weight_hr": torch.zeros(5, 5)}, "projection"),
+        ({"gates_x": x[:0]}, "no steps"),
+    ):
+        given = plain._replace(**changed)
+        assert reason in str(recurrent_op._cuda_rejects(given))

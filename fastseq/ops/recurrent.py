@@ -318,6 +318,8 @@ def _cuda_rejects(a: Forward | Backward) -> str | None:
         return reason
     if a.weight_hr is not None:
         return "no persistent kernel with projection"
+    if not a[0].numel():
+        return "no steps or no elements"
     backward = isinstance(a, Backward)
     tf32 = a.h0.dtype == torch.float32 and _tf32()
     return _no_plan(a.kind, a.h0.dtype, *a.h0.shape, backward, a.h0.get_device(), None, tf32)
