@@ -753,7 +753,7 @@ def test_persistent_plan() -> None:
         assert int(found["units"]) * int(found["blocks"]) >= hidden
         assert int(found["shared_bytes"]) <= H200[1]
     large = persistent_plan("gru", torch.float32, 4, 4096, True, chip=H200)
-    assert large == {"rejected": "the recurrent weights do not fit on the chip"}
+    assert large == {"rejected": "the recurrent weights and the state do not fit on the chip"}
     exact, rounded = (
         persistent_plan("gru", torch.float32, 4, 128, False, chip=H200, tf32=tf32)
         for tf32 in (False, True)

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastseq import _extension
+
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
-from simt import nvcc, recurrent_faults
+from simt import nvcc, recurrent_faults, recurrent_table
 from simt.recurrent import (
     A100,
     Layer,
@@ -103,12 +105,19 @@ def test_a_block_then_a_cluster_then_a_grid(host: simt_host.Host) -> None:
 
 
 def test_plans_that_are_turned_down(host: simt_host.Host) -> None:
-    with pytest.raises(ValueError, match="do not fit on the chip"):
+    with pytest.raises(ValueError, match="weights and the state do not fit on the chip"):
         plan(host, Layer(hidden=4096), False)
     with pytest.raises(ValueError, match="more rows than fit the chip"):
         plan(host, Layer(hidden=512, batch=4096), False)
     with pytest.raises(ValueError, match="without elements"):
         plan(host, Layer(batch=0), False)
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
+def test_documented_plans_are_the_plans() -> None:
+    text = recurrent_table.DOCUMENT.read_text()
+    _, _, rest = text.partition(recurrent_table.BEGIN)
+    assert rest.partition(recurrent_table.END)[0] == recurrent_table.table()
 
 
 # The kernels. What every test takes is a sample of all combinations; the slow test takes more.

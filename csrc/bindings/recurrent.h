@@ -262,7 +262,10 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
   add("threads", plan.threads);
   add("shared_bytes", plan.layout.bytes);
   add("weight_bytes", plan.weight_bytes);
-  add("step_cycles", static_cast<int64_t>(plan.step_cycles));
+  add("held_bytes", plan.held_bytes);
+  add("issue_cycles", static_cast<int64_t>(plan.costs.issue));
+  add("shared_cycles", static_cast<int64_t>(plan.costs.shared));
+  add("step_cycles", static_cast<int64_t>(plan.costs.step));
   return text;
 }
 

@@ -62,12 +62,12 @@ constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int rows, bool backw
   const bool exact = arithmetic == Arithmetic::f32, wide = rows > 8;
   if (backward) {
     if (cell == Cell::lstm) return exact ? 2 : wide ? 0 : 5;
-    if (cell == Cell::gru) return exact ? 3 : wide ? 2 : 6;
+    if (cell == Cell::gru) return exact ? 3 : wide ? 1 : 5;
     return exact ? 5 : wide ? 6 : 7;
   }
-  if (cell == Cell::lstm) return exact ? 1 : wide ? 2 : 4;
+  if (cell == Cell::lstm) return exact ? 1 : wide ? 1 : 4;
   if (cell == Cell::gru) return exact || wide ? 0 : 2;
-  return exact ? 5 : wide ? 6 : 8;
+  return exact ? 5 : wide ? 4 : 8;
 }
 
 constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
@@ -115,6 +115,14 @@ struct Layout {
   int bytes = 0;
 };
 
+// Of a step, in cycles: estimates. The product takes as long as the longest of the first three.
+struct Costs {
+  double issue = 0;   // of the multiplications
+  double chain = 0;   // of one warp's, each waiting for the last
+  double shared = 0;  // of the weights and the state from shared memory
+  double step = 0;
+};
+
 struct Plan {
   const char* rejected = nullptr;  // why no kernel takes the problem
   Exchange exchange = Exchange::block;
@@ -128,8 +136,9 @@ struct Plan {
   int chunks = 0;        // of K, all of them
   int split_chunks = 0;  // of a split; the last may have fewer
   int threads = 0;
-  int64_t weight_bytes = 0;  // of a block: in registers and shared memory
-  double step_cycles = 0;    // an estimate
+  int64_t weight_bytes = 0;  // of a block: in registers and shared memory,
+  int64_t held_bytes = 0;    // and in registers alone
+  Costs costs;
   Layout layout;
 
   int padded_units = 0;  // of the blocks that have any,
@@ -227,18 +236,19 @@ constexpr int exchange_cycles(Exchange exchange) {
   return exchange == Exchange::block ? 40 : exchange == Exchange::cluster ? 500 : 1800;
 }
 
-inline double step_cycles(const Task& task, const Plan& plan) {
+inline Costs costs_of(const Task& task, const Plan& plan) {
   const Tile tile = tile_of(task.cell, task.arithmetic, plan.rows, task.backward);
   const int warps = plan.tiles * plan.splits, columns = plan.rows / 8;
   const double fragments = 2.0 * plan.split_chunks * tile.matrices;  // of a warp
-  double issue = fragments * columns * warps * kFragmentIssue / 4;
-  double chain = 2.0 * plan.split_chunks * kFragmentLatency;
+  Costs costs;
+  costs.issue = fragments * columns * warps * kFragmentIssue / 4;
+  costs.chain = 2.0 * plan.split_chunks * kFragmentLatency;
   if (task.arithmetic == Arithmetic::f32) {  // 32 FMAs a lane for each 8 columns
-    issue = fragments * columns * warps * 32 / 4;
-    chain = fragments * columns * 32;
+    costs.issue = fragments * columns * warps * 32 / 4;
+    costs.chain = fragments * columns * 32;
   }
   const double loose = std::max(0, plan.split_chunks - tile.held) * 2 * tile.matrices;
-  const double shared =
+  costs.shared =
       warps * (loose + plan.split_chunks * columns) * kFragmentBytes / kSharedBytesPerCycle;
   const double reduce =
       plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices * columns;
@@ -246,8 +256,9 @@ inline double step_cycles(const Task& task, const Plan& plan) {
   const double fetch = plan.exchange == Exchange::grid
                            ? plan.rows * double(plan.state_bytes) / kGlobalBytesPerCycle
                            : 0;
-  return std::max({issue, chain, shared}) + reduce + kPointwise + fetch +
-         exchange_cycles(plan.exchange);
+  costs.step = std::max({costs.issue, costs.chain, costs.shared}) + reduce + kPointwise + fetch +
+               exchange_cycles(plan.exchange);
+  return costs;
 }
 
 // How many groups run at once. A cluster lies in one of the chip's groups of multiprocessors, of up
@@ -286,11 +297,11 @@ inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int block
   if (plan.tiles * splits > kMaxWarps || (splits - 1) * plan.split_chunks >= chunks) return plan;
   plan.chunks = chunks;
   plan.threads = 32 * plan.tiles * splits;
-  const int held = std::min(plan.split_chunks, tile.held);
-  plan.weight_bytes = int64_t{2} * kFragmentBytes * tile.matrices * plan.tiles * plan.splits *
-                      std::max(plan.split_chunks, held);
+  const int64_t chunk_bytes = int64_t{2} * kFragmentBytes * tile.matrices;
+  plan.weight_bytes = chunk_bytes * plan.tiles * plan.splits * plan.split_chunks;
+  plan.held_bytes = chunk_bytes * plan.tiles * plan.splits * std::min(plan.split_chunks, tile.held);
   plan.layout = lay_out(task, plan);
-  plan.step_cycles = step_cycles(task, plan);
+  plan.costs = costs_of(task, plan);
   plan.at_once = groups_at_once(chip, plan);
   if (plan.at_once == 0) return Plan{};
   plan.waves = static_cast<int>(ceil_div(int64_t{plan.groups} * task.directions, plan.at_once));
@@ -328,7 +339,7 @@ inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int 
       const Plan plan = cut(task, chip, exchange, b, s, 8);
       if (!fits(plan, chip)) continue;
       const double cost =
-          plan.step_cycles * (exchange == Exchange::grid ? ceil_div(8, plan.at_once) : 1);
+          plan.costs.step * (exchange == Exchange::grid ? ceil_div(8, plan.at_once) : 1);
       if (best.chunks == 0 || cost < least) best = plan, least = cost;
     }
   }
@@ -347,10 +358,11 @@ inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int bl
   };
   Plan best = of(Exchange::block);
   const Plan cluster = of(Exchange::cluster);
-  if (best.chunks == 0 || (cluster.chunks > 0 && cluster.step_cycles < best.step_cycles))
+  if (best.chunks == 0 || (cluster.chunks > 0 && cluster.costs.step < best.costs.step))
     best = cluster;
   if (best.chunks == 0) best = of(Exchange::grid);
-  if (best.chunks == 0) return rejected("the recurrent weights do not fit on the chip");
+  if (best.chunks == 0)
+    return rejected("the recurrent weights and the state do not fit on the chip");
   // Sixteen rows a group cost little more than eight; eight leave more groups to run at once.
   if (element_bytes(task.arithmetic) == 2 && best.waves > 1) {
     const Plan wide = cut(task, chip, best.exchange, best.blocks, best.splits, 16);
