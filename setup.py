@@ -50,7 +50,8 @@ CPU_KERNELS = [
 # would make a row's result depend on its batch: these files say fma() where they want one.
 EXACT = {*CPU_KERNELS} - {"recurrent"}
 # csrc/cuda/<family>.cu, and the parts of a family that has too many kernels for one file.
-CUDA_KERNELS = ["layer_norm", *(f"recurrent{part}" for part in ("", "_lstm", "_gru", "_rnn"))]
+RECURRENT = [f"recurrent{part}" for part in ("", "_device", "_lstm", "_gru", "_rnn")]
+CUDA_KERNELS = ["layer_norm", *RECURRENT]
 
 
 class BuildExtension(build_ext):

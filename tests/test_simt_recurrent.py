@@ -361,3 +361,18 @@ def test_without_a_fault_nothing_is_noticed(faulty: Path) -> None:
         for seed in range(16):
             for exchange in ("cluster", "grid"):
                 check(host, Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_races(kind: str) -> None:
+    """Every two accesses to one place are ordered, whatever the schedule."""
+    if simt_host.compiler() is None:
+        pytest.skip("no C++ compiler")
+    with simt_host.Host(simt_host.build("recurrent", races=True)) as host:
+        for turn, (arithmetic, (exchange, blocks, splits)) in enumerate(
+            itertools.product(ARITHMETICS, (("block", 1, 2), ("cluster", 4, 1), ("grid", 2, 2)))
+        ):
+            layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, exchange)
+            layer = dataclasses.replace(layer, lengths=(5, 0, 2, 4, 5), reverse=turn % 2 == 1)
+            check(host, layer, seed=turn)

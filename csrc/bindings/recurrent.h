@@ -224,25 +224,23 @@ recurrent::Arithmetic arithmetic_of(DType dtype, bool tf32) {
 // fields, or "rejected: " and the reason.
 std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t batch, int64_t hidden,
                            bool backward, int64_t device, std::vector<int64_t> chip) {
-  recurrent::Chip limits;
-  if (chip.size() == 3) {
-    limits = {static_cast<int>(chip[0]), static_cast<int>(chip[1]), static_cast<int>(chip[2])};
-  } else {
-#ifdef FASTSEQ_CUDA
-    const BlockLimits block = block_limits_cuda(static_cast<int>(device));
-    limits = {multiprocessor_count_cuda(static_cast<int>(device)), block.shared_bytes,
-              block.cluster};
-#else
-    static_cast<void>(device);
-    return "rejected: built without nvcc";
-#endif
-  }
   const DType type = dtype == ScalarType::Half       ? DType::f16
                      : dtype == ScalarType::BFloat16 ? DType::bf16
                                                      : DType::f32;
   const recurrent::Task task{static_cast<Cell>(cell), arithmetic_of(type, tf32), batch, hidden,
                              backward};
-  const recurrent::Plan plan = recurrent::choose(task, limits);
+  recurrent::Plan plan;
+  if (chip.size() == 3) {
+    plan = recurrent::choose(
+        task, {static_cast<int>(chip[0]), static_cast<int>(chip[1]), static_cast<int>(chip[2])});
+  } else {
+#ifdef FASTSEQ_CUDA
+    plan = recurrent_plan_cuda(task, static_cast<int>(device));
+#else
+    static_cast<void>(device);
+    return "rejected: built without nvcc";
+#endif
+  }
   if (plan.rejected != nullptr) return std::string("rejected: ") + plan.rejected;
   std::string text = plan.exchange == recurrent::Exchange::block     ? "exchange=block"
                      : plan.exchange == recurrent::Exchange::cluster ? "exchange=cluster"
@@ -276,10 +274,8 @@ template <class Problem, class Kernel>
 void run_persistent(const CudaCall& call, const char* name, const Problem& problem,
                     const Tensor& like, bool backward, bool tf32, Kernel kernel) {
   const recurrent::Arithmetic arithmetic = arithmetic_of(problem.dtype, tf32);
-  const BlockLimits block = block_limits_cuda(call.device);
-  const recurrent::Plan plan = recurrent::choose(
-      {problem.cell, arithmetic, problem.batch, problem.hidden, backward},
-      {multiprocessor_count_cuda(call.device), block.shared_bytes, block.cluster});
+  const recurrent::Plan plan = recurrent_plan_cuda(
+      {problem.cell, arithmetic, problem.batch, problem.hidden, backward}, call.device);
   // Freed to torch's allocator on return: it hands the memory to later work of this stream.
   const Tensor workspace = empty({recurrent::workspace_bytes(plan)}, ScalarType::Char, like);
   call.check(name, kernel(problem, plan, arithmetic, workspace.data_ptr(), call.stream));

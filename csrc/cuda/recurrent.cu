@@ -98,6 +98,14 @@ const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithme
 }
 
 }  // namespace
+
+const void* kernel_of(const Task& task, const Plan& plan) {
+  const int columns = plan.rows / 8;
+  return task.backward
+             ? reinterpret_cast<const void*>(backward_kernel(task.cell, task.arithmetic, columns))
+             : reinterpret_cast<const void*>(forward_kernel(task.cell, task.arithmetic, columns));
+}
+
 }  // namespace recurrent
 
 const char* recurrent_forward_cuda(const RecurrentForward& problem, const recurrent::Plan& plan,

@@ -15,7 +15,13 @@ const char* recurrent_backward_cuda(const RecurrentBackward& problem, const recu
                                     recurrent::Arithmetic arithmetic, void* workspace,
                                     void* stream);
 
+// The plan on a device, remembered; what does not run there is rejected.
+recurrent::Plan recurrent_plan_cuda(const recurrent::Task& task, int device);
+
 namespace recurrent {
+
+// The kernel that runs a plan, or null.
+const void* kernel_of(const Task& task, const Plan& plan);
 
 // An instance of the kernels for a cell, in a file for each; columns is a tile's rows / 8. Null
 // where there is none.

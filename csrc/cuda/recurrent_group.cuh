@@ -35,9 +35,19 @@ __device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int
   return place;
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is worked out anew in
+// each step, in place of being kept in registers, which are the weights'.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Of a row, in steps.
 __device__ __forceinline__ int length_of(const Recurrent& a, int64_t row) {
-  return static_cast<int>(a.lengths == nullptr ? a.steps : min(a.lengths[row], a.steps));
+  return static_cast<int>(a.lengths == nullptr ? a.steps
+                                               : max(int64_t{0}, min(a.lengths[row], a.steps)));
 }
 
 // How a cluster's blocks hand on a state: what each sends comes with a count of bytes, so that a

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
                       const Workspace workspace) {
   FASTSEQ_DYNAMIC_SHARED(char, shared);
   constexpr Tile kTile = Pass::kTile;
-  const Place place = place_of(plan, workspace.first_group, problem.batch, problem.hidden);
+  Place place = place_of(plan, workspace.first_group, problem.batch, problem.hidden);
   Pass pass(problem, plan, place, shared, copies);
 
   // Columns of rows that do not exist, and inner elements of units that do not, are zeros for good.
@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   const bool is_grid = plan.exchange == Exchange::grid;
   unsigned* const count = workspace.counts + kCountStride * place.group;
   for (int n = 0; n < steps; ++n) {
+    place.lane = opaque(place.lane);
     const bool goes_on = Pass::kBackward || n + 1 < steps;  // somebody reads the next state
     if (goes_on) expect_state(plan, shared, n + 1, Pass::kFields * plan.units * Pass::kElement);
     if (n + 2 < steps) pass.bring(n + 2);

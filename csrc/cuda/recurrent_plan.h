@@ -61,13 +61,13 @@ constexpr int chunk_elements(Arithmetic arithmetic) {
 constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
   const bool exact = arithmetic == Arithmetic::f32, wide = rows > 8;
   if (backward) {
-    if (cell == Cell::lstm) return exact ? 2 : wide ? 0 : 5;
-    if (cell == Cell::gru) return exact ? 3 : wide ? 1 : 5;
-    return exact ? 5 : wide ? 6 : 7;
+    if (cell == Cell::lstm) return exact ? 3 : wide ? 1 : 7;
+    if (cell == Cell::gru) return exact ? 3 : wide ? 3 : 8;
+    return exact ? 5 : wide ? 6 : 8;
   }
-  if (cell == Cell::lstm) return exact ? 1 : wide ? 1 : 4;
-  if (cell == Cell::gru) return exact || wide ? 0 : 2;
-  return exact ? 5 : wide ? 4 : 8;
+  if (cell == Cell::lstm) return exact ? 1 : wide ? 2 : 4;
+  if (cell == Cell::gru) return exact ? 0 : wide ? 1 : 2;
+  return exact ? 5 : wide ? 6 : 8;
 }
 
 constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int rows, bool backward) {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Candidate
+from ..backends import Candidate, current_backend
 from ..random import threshold
 from ..reference import recurrent as reference
 from ..reference.layer_norm import compute_dtype
@@ -318,8 +318,13 @@ def _cuda_rejects(a: Forward | Backward) -> str | None:
         return reason
     if a.weight_hr is not None:
         return "no persistent kernel with projection"
+    steps = a[0].shape[0]
     if not a[0].numel():
         return "no steps or no elements"
+    # 5 us a step by a library product and a kernel, against some 10 to 20 for a launch that first
+    # reads all weights: an estimate, so one who asks for the kernel gets it.
+    if steps < 4 and current_backend() == "auto":
+        return "few steps: bringing the weights onto the chip costs more than it saves"
     backward = isinstance(a, Backward)
     tf32 = a.h0.dtype == torch.float32 and _tf32()
     return _no_plan(a.kind, a.h0.dtype, *a.h0.shape, backward, a.h0.get_device(), None, tf32)
