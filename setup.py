@@ -45,6 +45,7 @@ CPU_KERNELS = [
     "rotary_embedding",
     "attention",
     "recurrent",
+    "feed_forward",
 ]
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.

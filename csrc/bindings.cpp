@@ -4,6 +4,7 @@
 #include "bindings/additive_attention.h"
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/feed_forward.h"
 #include "bindings/layer_norm.h"
 #include "bindings/recurrent.h"
 #include "bindings/rotary_embedding.h"
@@ -73,6 +74,12 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def(
       "rotary_embedding(Tensor input, Tensor cos, Tensor sin, Tensor? positions, int offset, "
       "int length, int entry, bool interleaved, bool inverse) -> Tensor");
+  m.def(
+      "feed_forward_forward(Tensor hidden, Tensor? bias, Tensor? seed, int activation, "
+      "int threshold, float scale) -> Tensor");
+  m.def(
+      "feed_forward_backward(Tensor grad, Tensor hidden, Tensor? bias, Tensor? seed, "
+      "int activation, int threshold, float scale, int wanted) -> (Tensor, Tensor, Tensor)");
   m.def("additive_attention_scores(Tensor query, Tensor key, Tensor weight) -> Tensor");
   m.def(
       "additive_attention_gradients(Tensor grad_scores, Tensor query, Tensor key, Tensor weight) "
@@ -121,6 +128,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("masked_softmax_forward", TORCH_BOX(&fastseq::masked_softmax_forward_cpu));
   m.impl("softmax_backward", TORCH_BOX(&fastseq::softmax_backward_cpu));
   m.impl("rotary_embedding", TORCH_BOX(&fastseq::rotary_embedding_cpu));
+  m.impl("feed_forward_forward", TORCH_BOX(&fastseq::feed_forward_forward_cpu));
+  m.impl("feed_forward_backward", TORCH_BOX(&fastseq::feed_forward_backward_cpu));
   m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cpu));

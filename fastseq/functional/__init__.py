@@ -5,6 +5,7 @@ from .append_to_cache import append_to_cache
 from .attention import attention
 from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
+from .feed_forward import feed_forward
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .recurrent import gru, lstm, rnn
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "cross_entropy",
+    "feed_forward",
     "gru",
     "gru_cell",
     "layer_norm",

@@ -5,6 +5,7 @@ import torch
 from .additive_attention import AdditiveAttention
 from .attention import MultiheadAttention
 from .cross_entropy import CrossEntropyLoss
+from .feed_forward import FeedForward
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .positional import (
     LearnedPositionalEncoding,
@@ -60,6 +61,7 @@ __all__ = [
     "AddRMSNorm",
     "AdditiveAttention",
     "CrossEntropyLoss",
+    "FeedForward",
     "GRUCell",
     "LSTMCell",
     "LayerNorm",

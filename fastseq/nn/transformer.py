@@ -1,9 +1,9 @@
 """The Transformer's layers and stacks as drop-in modules.
 
 They are torch's subclassed, constructor and parameters included, and made of our parts: attention,
-and dropout, residual add and layer norm in one pass, in either order of norms. There is no other
-path in eval: what torch's computes there without calling its children (and with other results:
-rows of padding as 0) is computed as in training.
+the feed-forward block in one call, and dropout, residual add and layer norm in one pass, in either
+order of norms. There is no other path in eval: what torch's computes there without calling its
+children (and with other results: rows of padding as 0) is computed as in training.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
 from ..functional._dispatch import is_foreign
 from .attention import MultiheadAttention
+from .feed_forward import activation_name, fused, is_watched
 from .layer_norm import LayerNorm
 
 
@@ -241,7 +241,7 @@ def _add_norm(
     """``x = residual + dropout(branch)``; returns ``(norm(x), x)``, in one pass where both modules
     are as the constructor made them."""
     fused = type(norm) in (LayerNorm, nn.LayerNorm) and type(dropout) is nn.Dropout
-    if not fused or _is_watched(norm) or _is_watched(dropout):
+    if not fused or is_watched(norm) or is_watched(dropout):
         x = _residual(residual, branch, dropout)
         return norm(x), x
     assert isinstance(norm, nn.LayerNorm)
@@ -263,26 +263,12 @@ def _residual(residual: Tensor, branch: Tensor, dropout: nn.Module) -> Tensor:
     return residual + dropped
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants the module itself to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
 def _feed_forward(
     layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``."""
-    hidden = layer.linear1(x)
-    if layer.activation is F.relu and type(layer.linear1) is nn.Linear:
-        # Where it stands: nobody else has it, and the product before does not save it.
-        hidden = torch.relu(hidden) if _is_watched(layer.linear1) else torch.relu_(hidden)
-    else:
-        hidden = layer.activation(hidden)
-    output: Tensor = layer.linear2(layer.dropout(hidden))
+    name = activation_name(layer.activation)
+    output = fused(x, layer.linear1, name, layer.dropout, layer.linear2)
+    if output is None:
+        output = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
     return output

@@ -13,6 +13,7 @@ FAMILIES = (
     "additive_attention",
     "attention",
     "cross_entropy",
+    "feed_forward",
     "layer_norm",
     "recurrent",
     "rotary_embedding",
