@@ -235,10 +235,14 @@ def served(*given: Any, **options: Any) -> dict[str, str]:
 
 def test_what_auto_chooses() -> None:
     small = arguments(torch.float32)
-    large = arguments(torch.float32, rows=128 * torch.get_num_threads(), wide=1024)
+    large = arguments(torch.float32, rows=2048 * torch.get_num_threads(), wide=1024)
+    gated = arguments(torch.float32, True, 256 * torch.get_num_threads(), 1024)
     ours, torchs = {"_feed_forward_fwd": "cpu"}, {"feed_forward": "torch"}
     assert served(*small, activation="gelu") == torchs
     assert served(*large, activation="gelu") == ours
+    with torch.no_grad():
+        assert served(*large, activation="gelu") == torchs
+        assert served(*gated, activation="swiglu") == ours
     assert served(*large, activation="relu") == torchs
     assert served(*large, activation="relu", dropout_p=0.1) == torchs
     assert served(*small, activation="relu", dropout_p=0.1, training=True) == ours
