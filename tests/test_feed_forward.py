@@ -137,6 +137,42 @@ def test_results_do_not_depend_on_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_rows_apart(backend: str, activation: str) -> None:
+    """Strided and permuted, rows are read where they are."""
+    size = 48 if activation == "swiglu" else 24
+    hidden, grad = torch.randn(5, 3, size + 8), torch.randn(5, 3, 24 + 8)
+    for view in (lambda t: t[..., 8:], lambda t: t[..., 3:-5], lambda t: t[..., 8:].mT.mT[::2]):
+        h, g = view(hidden).transpose(0, 1), view(grad).transpose(0, 1)
+        with fastseq.use_backend(backend):
+            results, expected = (
+                (
+                    forward_op(h, None, SEED, activation, 0.2),
+                    *backward_op(g, h, None, SEED, activation, 0.2, (True,) * 3),
+                )
+                for h, g in ((h, g), (h.contiguous(), g.contiguous()))
+            )
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        assert all(result.is_contiguous() for result in results)
+
+
+@pytest.mark.parametrize(("activation", "columns"), [("gelu", 1024), ("swiglu", 1029)])
+def test_what_is_stored_past_the_cache(activation: str, columns: int) -> None:
+    """Outputs of 16 MiB and more take other instructions, where their rows are aligned."""
+    hidden, grad = torch.randn(2100, 2 * columns), torch.randn(2100, 2 * columns)
+    if activation == "swiglu":
+        grad = grad[:, :columns].contiguous()
+    arguments = (None, None, activation, 0.0)
+    results = []
+    for backend in ("cpu", "torch"):
+        with fastseq.use_backend(backend):
+            output = forward_op(hidden, *arguments)
+            results.append((output, *backward_op(grad, hidden, *arguments, (True,) * 3)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
+
+
 ACCURACY = """
 import torch, fastseq
 from fastseq.ops.feed_forward import backward_op, forward_op

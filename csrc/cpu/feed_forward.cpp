@@ -4,7 +4,7 @@
 //   backward   reads hidden and the output's gradient, writes hidden's gradient and the output
 //              again, and adds up the bias's gradient
 //
-// Some 20 to 40 operations a vector, with one exponential and one or two quotients: from L2 on
+// Some 20 to 40 operations a vector, with one exponential and one quotient: from L2 on
 // memory and arithmetic take about as long.
 #include "feed_forward.h"
 
