@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -268,7 +269,14 @@ def _feed_forward(
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``."""
     name = activation_name(layer.activation)
-    output = fused(x, layer.linear1, name, layer.dropout, layer.linear2)
-    if output is None:
-        output = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    in_one = fused(x, layer.linear1, name, layer.dropout, layer.linear2)
+    if in_one is not None:
+        return in_one
+    hidden = layer.linear1(x)
+    if layer.activation is F.relu and type(layer.linear1) is nn.Linear:
+        # Where it stands: nobody else has it, and the product before does not save it.
+        hidden = torch.relu(hidden) if is_watched(layer.linear1) else torch.relu_(hidden)
+    else:
+        hidden = layer.activation(hidden)
+    output: Tensor = layer.linear2(layer.dropout(hidden))
     return output
