@@ -16,7 +16,7 @@ from integration.models import KINDS, build
 
 pytest.importorskip("transformers")
 
-KERNELS = "cpu" if fastseq.backends()["cpu"].startswith("available") else "torch"
+KERNELS = "cpu" if fastseq.backends()["cpu"].startswith("available") else "reference"
 
 
 class InDouble(TorchFunctionMode):
