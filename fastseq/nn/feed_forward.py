@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = fused(input, self.linear1, self.activation, self.dropout, self.linear2)
+        output = in_one_call(input, self.linear1, self.activation, self.dropout, self.linear2)
         if output is None:
             hidden = _ACTIVATIONS[self.activation](self.linear1(input))
             output = self.linear2(self.dropout(hidden))
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         return f"activation={self.activation!r}"
 
 
-def fused(
+def in_one_call(
     input: Tensor,
     linear1: nn.Module,
     activation: str | None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..functional._dispatch import is_foreign
 from .attention import MultiheadAttention
-from .feed_forward import activation_name, fused, is_watched
+from .feed_forward import activation_name, in_one_call, is_watched
 from .layer_norm import LayerNorm
 
 
@@ -269,9 +269,9 @@ def _feed_forward(
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``."""
     name = activation_name(layer.activation)
-    in_one = fused(x, layer.linear1, name, layer.dropout, layer.linear2)
-    if in_one is not None:
-        return in_one
+    fused = in_one_call(x, layer.linear1, name, layer.dropout, layer.linear2)
+    if fused is not None:
+        return fused
     hidden = layer.linear1(x)
     if layer.activation is F.relu and type(layer.linear1) is nn.Linear:
         # Where it stands: nobody else has it, and the product before does not save it.
