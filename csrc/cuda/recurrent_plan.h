@@ -61,7 +61,7 @@ constexpr int chunk_elements(Arithmetic arithmetic) {
 constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
   const bool exact = arithmetic == Arithmetic::f32, wide = rows > 8;
   if (backward) {
-    if (cell == Cell::lstm) return exact ? 3 : wide ? 1 : 7;
+    if (cell == Cell::lstm) return exact ? 3 : wide ? 1 : 6;
     if (cell == Cell::gru) return exact ? 3 : wide ? 3 : 8;
     return exact ? 5 : wide ? 6 : 8;
   }
