@@ -120,7 +120,8 @@ def _limited(command: Sequence[str], log: int, seconds: float) -> tuple[int, boo
 def _command(name: str, device: str, out: Path, seconds: float) -> tuple[list[str], str]:
     """The command of a step, or none and the reason."""
     if name == "build":
-        return [PYTHON, "setup.py", "build_ext", "--inplace"], ""
+        native = ["env", f"FASTSEQ_CUDA_ARCHS={_architecture()}"] if _architecture() else []
+        return [*native, PYTHON, "setup.py", "build_ext", "--inplace"], ""
     if name == "verify":
         quick = ["--quick"] if device == "cpu" else []
         verify = [PYTHON, "-m", "fastseq", "verify", "--device", device, *quick]
@@ -137,6 +138,17 @@ def _command(name: str, device: str, out: Path, seconds: float) -> tuple[list[st
     suite = ["--suite", "gpu" if device == "cuda" else "smoke", "--plots", "png"]
     limits = ["--time-budget", f"{max(1.0, seconds - _GRACE):.0f}", "--out", str(out)]
     return [PYTHON, "-m", "benchmarks", "--device", device, *suite, *limits], ""
+
+
+def _architecture() -> str:
+    """This GPU's, as nvcc has it ("90a"), for which alone the kernels build in a third of the time;
+    empty where none answers."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return ""
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
+    name = answer.split("\n", 1)[0].strip().replace(".", "")
+    return f"{name}a" if name == "90" else name if name.isdigit() else ""
 
 
 if __name__ == "__main__":
