@@ -52,6 +52,10 @@ struct ScorePiece {
   // Backward: delta of every query, where these keys are only some of those that lse is of; null:
   // it is summed up here.
   const float* delta = nullptr;
+  // Backward: a row's probabilities add up to 1, nothing (sinks, other keys) being left out. What
+  // lse's rounding has taken from that is divided out of delta then: a large delta times it would
+  // be the largest error there is.
+  bool whole = false;
 };
 
 // Few queries against many keys.

@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "float softcap, int threshold, float keep_scale, int[] geometry) -> ()");
   m.def(
       "attention_backward_rows(Tensor(a!) scores, Tensor(b!) grad, Tensor(c!) probabilities, "
-      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? delta, Tensor? bias, "
+      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? delta, bool whole, Tensor? "
+      "bias, "
       "Tensor? mask, Tensor? slopes, Tensor? seed, float scale, float softcap, int threshold, "
       "float keep_scale, "
       "int[] geometry) -> ()");

@@ -239,6 +239,31 @@ def test_results_do_not_depend_on_threads() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_large_delta_costs_no_precision(backend: str) -> None:
+    """Where all values and gradients have a mean, ds is a small difference of large numbers, and
+    probabilities that add up to 1 but for lse's rounding would show in it."""
+    torch.manual_seed(1)
+    tensors = [torch.randn(2, 4, 200, 16) * 0.1 for _ in range(2)]
+    tensors += [torch.randn(2, 4, 200, 16) + 3]
+    grad = torch.randn(2, 4, 200, 16) + 1
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        found = torch.autograd.grad(function(*leaves), leaves, grad.to(dtype))
+        return [tensor.double() for tensor in found]
+
+    def probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT / 4, -1) @ v
+
+    exact = gradients(probabilities, torch.float64)
+    theirs = gradients(probabilities, torch.float32)
+    with fastseq.use_backend(backend):
+        ours = gradients(sdpa, torch.float32)
+    for our, their, truth in list(zip(ours, theirs, exact, strict=True))[:2]:
+        assert (our - truth).norm() <= 1.5 * (their - truth).norm()
+
+
 # --- masks ---------------------------------------------------------------------------------------
 
 

@@ -82,10 +82,10 @@ void attention_forward_rows_cpu(Tensor scores, Tensor probabilities, Tensor lse,
 
 void attention_backward_rows_cpu(Tensor scores, Tensor grad, Tensor probabilities,
                                  Tensor grad_scores, Tensor lse, std::optional<Tensor> grad_lse,
-                                 std::optional<Tensor> delta, std::optional<Tensor> bias,
-                                 std::optional<Tensor> mask, std::optional<Tensor> slopes,
-                                 std::optional<Tensor> seed, double scale, double softcap,
-                                 int64_t threshold, double keep_scale,
+                                 std::optional<Tensor> delta, bool whole,
+                                 std::optional<Tensor> bias, std::optional<Tensor> mask,
+                                 std::optional<Tensor> slopes, std::optional<Tensor> seed,
+                                 double scale, double softcap, int64_t threshold, double keep_scale,
                                  std::vector<int64_t> geometry) {
   ScorePiece piece = piece_of(scores,
                               terms_of(bias, mask, slopes, std::nullopt, seed, scale, softcap,
@@ -97,6 +97,7 @@ void attention_backward_rows_cpu(Tensor scores, Tensor grad, Tensor probabilitie
   piece.lse = static_cast<float*>(lse.data_ptr());
   if (grad_lse) piece.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
   if (delta) piece.delta = static_cast<const float*>(delta->data_ptr());
+  piece.whole = whole;
   const AttentionCpu& kernels = *instruction_set().attention;
   parallel(piece.count_n * piece.count_g * piece.count_i, grain(piece.keys + 1),
            [&](int64_t begin, int64_t end) { kernels.backward_rows(piece, begin, end); });

@@ -242,13 +242,14 @@ void backward_row(const ScorePiece& args, int64_t r) {
   apply_terms(terms, terms.shift, row.at, s, factor);
   float lse = args.lse[row.statistics];
   if (lse == -kInfinity) lse = kInfinity;  // nothing is seen: every probability is 0
-  // Probabilities in place of scores, negative where dropped, and the sum of p dp.
+  // Probabilities in place of scores, negative where dropped, and the sums of p and of p dp.
   U32x column = first_columns(args.first_key);
-  F32x sum = {};
+  F32x sum = {}, total = {};
   for (int64_t j = 0; j < n; j += kWidth) {
     const int64_t count = n - j;
     F32x power = keep_first<float>(exp(load_some<float>(s + j, count) - lse), count);
     F32x gradient = load_some<float>(grad + j, count);
+    total += power;
     if (terms.dropout.seed != nullptr) {
       const F32x keep = kept(terms.dropout, row.key, column);
       gradient = gradient * keep;
@@ -262,6 +263,7 @@ void backward_row(const ScorePiece& args, int64_t r) {
     store_some<float>(s + j, power, count);
   }
   float delta = horizontal_sum<float>(sum);
+  if (args.whole && lse != kInfinity) delta /= horizontal_sum<float>(total);
   if (args.delta != nullptr)
     delta = args.delta[row.statistics];
   else if (args.grad_lse != nullptr && lse != kInfinity)

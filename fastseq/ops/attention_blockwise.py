@@ -127,11 +127,15 @@ def _pieces(p: Problem) -> Iterator[Piece]:
             yield Piece(slice(n, last), slice(0, p.group), slice(0, queries), j)
         return
     rows = max(16, budget // keys // 16 * 16)
-    for n in range(batch * key_heads):
+    # A head for each thread: what one has multiplied is then in its own cache for what follows, and
+    # the threads meet once a piece and product, not within them.
+    at_once = torch.get_num_threads() if p.query.is_cpu else 1
+    for n in range(0, batch * key_heads, at_once):
+        heads_here = slice(n, min(n + at_once, batch * key_heads))
         for g in range(p.group):
             for i in range(0, queries, rows):
                 last = min(i + rows, queries)
-                yield Piece(slice(n, n + 1), slice(g, g + 1), slice(i, last), _seen(p, i, last))
+                yield Piece(heads_here, slice(g, g + 1), slice(i, last), _seen(p, i, last))
 
 
 def _seen(p: Problem, first: int, last: int) -> slice:
@@ -251,6 +255,9 @@ def _backward_by_torch(
     grad = grad.masked_fill(~terms.visible, 0.0)
     if delta is None:
         delta = (weights * grad).sum(-1)
+        if p.sinks is None:  # but for lse's rounding it is 1, which a large delta would show
+            total = weights.sum(-1)
+            delta = delta / total.masked_fill(total == 0, 1.0)
         if grad_lse is not None:
             delta = delta - grad_lse
     grad = (weights * (grad - delta[..., None])).masked_fill_(~terms.visible, 0.0)
@@ -456,7 +463,10 @@ def backward(
                 weights = buffers("weights", piece.shape, dtype)
                 raw = buffers("raw", piece.shape, dtype)
             arguments = _arguments(p, piece, backward=True)
-            _backward_rows(products, grad, weights, raw, statistics, grad_lse, delta, *arguments)
+            whole = p.sinks is None and delta is None
+            _backward_rows(
+                products, grad, weights, raw, statistics, grad_lse, delta, whole, *arguments
+            )
         else:
             weights, grad, raw, visible = _backward_by_torch(
                 p,
