@@ -199,8 +199,11 @@ def test_a_wrong_gradient_is_named():
 
 
 def test_the_command_passes_and_writes_json(tmp_path, capsys):
+    """But for Triton interpreted, which takes minutes and is each family's own test."""
     path = tmp_path / "folder" / "verify.json"
     arguments = ["--device", "cpu", "--quick", "--dtype", "fp32", "--dtype", "bf16"]
+    for backend in ("auto", "cpu", "torch", "reference"):
+        arguments += ["--backend", backend]
     assert verify.run([*arguments, "--json", str(path)]) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     assert "0 failed" in printed
