@@ -49,7 +49,7 @@ def test_rows_go_behind_those_that_are_there(backend: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_any_strides_and_what_has_no_room(backend: str) -> None:
     """On a GPU nobody looks at the lengths: the op leaves out what is past the end."""
-    from fastseq.ops.attention_append import append_op
+    from fastseq.ops.append_to_cache import append_op
 
     _, _, key, value, _ = problem(new=4)
     caches = [torch.randn(3, 9, 2, size).transpose(1, 2) for size in (8, 5)]
@@ -89,7 +89,7 @@ def test_it_decodes_as_the_whole_sequence(new: int) -> None:
 
 def test_the_op_keeps_the_contract_and_compiles() -> None:
     arguments = problem()
-    torch.library.opcheck(torch.ops.fastseq._attention_append.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.fastseq._append_to_cache.default, tuple(arguments))
     compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
     eager = [tensor.clone() for tensor in arguments]
     assert torch.equal(compiled(*arguments), append(*eager))

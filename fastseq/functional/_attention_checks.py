@@ -14,6 +14,8 @@ Window = tuple[int | None, int | None]
 def validate_tensors(
     name: str, query: Tensor, key: Tensor, value: Tensor, *, grouped: bool, packed: bool
 ) -> None:
+    """That query, key and value are floating point, of one dtype, device and number of
+    dimensions, and agree in heads, lengths, head_dim and batch."""
     named = {"query": query, "key": key, "value": value}
     wanted = "[total, H, D]" if packed else "[*, H, L, D]"
     for role, tensor in named.items():
@@ -87,6 +89,7 @@ def validated_window(
 def validate_plane(
     name: str, role: str, plane: Tensor, scores: tuple[int, ...], query: Tensor, *, boolean: bool
 ) -> None:
+    """That a bias or mask has its kind of dtype and broadcasts to the scores."""
     if boolean and plane.dtype != torch.bool:
         raise RuntimeError(
             f"{name}: {role} must be boolean, got {plane.dtype} (what is added is the bias)"
@@ -119,6 +122,7 @@ def validate_per_head(
     sinks: Tensor | None,
     key_lengths: Tensor | None,
 ) -> None:
+    """That what there is for each head or each entry of the batch has that shape and its dtype."""
     batch, heads = query.shape[:2]
     for role, tensor, shapes in (
         ("alibi_slopes", alibi_slopes, ((heads,), (1, heads), (batch, heads))),
@@ -157,6 +161,8 @@ def validate_packed(
     mask: Tensor | None,
     key_lengths: Tensor | None,
 ) -> None:
+    """That the starts of packed sequences ascend within them; on a GPU, which looking would wait
+    for, that they have the right shape and dtype."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise RuntimeError(f"{name}: cu_seqlens_q and cu_seqlens_k go together, {missing} is None")

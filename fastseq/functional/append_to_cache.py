@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.attention_append import append_op
+from ..ops.append_to_cache import append_op
 from ..reference import attention as reference
 from ._dispatch import FLOATING, is_transformed, records_gradient
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fastseq.kernels import (
+    append_to_cache,
     attention,
-    attention_append,
     attention_backward,
     attention_decode,
 )
@@ -103,7 +103,7 @@ def _decode(dtype: torch.dtype, d: int, **bounds: int) -> None:
 def _append(dtype: torch.dtype, d: int) -> None:
     cache, new = torch.empty(2, 8, 4096, d, dtype=dtype), torch.empty(2, 8, 1, d, dtype=dtype)
     lengths = torch.zeros(2, dtype=torch.int64)
-    attention_append.append(cache, cache, new, new, lengths, lengths)
+    append_to_cache.append(cache, cache, new, new, lengths, lengths)
 
 
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -128,6 +128,6 @@ def expects(kernel: str, label: str) -> set[str]:
     if kernel in ("attention_bias_kernel", "attention_chunk_kernel"):
         return {"wide_loads"} | ({"tensor_cores"} if "fp32" not in label else set())
     wide = {"wide_loads", "wide_stores"}
-    if kernel == "attention_append_kernel":
+    if kernel == "append_to_cache_kernel":
         return wide
     return wide if "fp32" in label else {*wide, "tensor_cores"}

@@ -27,7 +27,7 @@ def _move(
 
 
 @kernel
-def attention_append_kernel(
+def append_to_cache_kernel(
     key_cache, value_cache, key, value, lengths, new_lengths,
     kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, k_b, k_h, k_n, v_b, v_h, v_n,
     rows, heads, new, room,
@@ -72,7 +72,7 @@ def append(
     block_m = max(1, 1024 // max(block_d, block_dv))  # 8 elements a thread
     tensors = (key_cache, value_cache, key, value)
     with on_device(key):
-        attention_append_kernel[(ceil_div(rows, block_m),)](
+        append_to_cache_kernel[(ceil_div(rows, block_m),)](
             *tensors,
             lengths,
             new_lengths,

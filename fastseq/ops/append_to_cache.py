@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Candidate
-from ..reference.attention import append_to_cache
+from ..reference import attention as reference
 from ._op import define_op
 
-_SCHEMA = """_attention_append(
+_SCHEMA = """_append_to_cache(
     Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor lengths
 ) -> Tensor"""
 
@@ -35,12 +35,16 @@ def _new_lengths(a: Append) -> Tensor:
 
 
 def _by_triton(a: Append) -> Tensor:
-    from ..kernels import attention_append  # here, not above: without Triton the rest still works
+    from ..kernels import append_to_cache  # here, not above: without Triton the rest still works
 
     lengths = _new_lengths(a)
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (a.key, a.value))
-    attention_append.append(*a[:2], key, value, a.lengths.contiguous(), lengths)
+    append_to_cache.append(*a[:2], key, value, a.lengths.contiguous(), lengths)
     return lengths
+
+
+def _by_reference(a: Append) -> Tensor:
+    return reference.append_to_cache(*a)
 
 
 def _triton_rejects(a: Append) -> str | None:
@@ -59,7 +63,7 @@ append_op = define_op(
     _new_lengths,
     (
         Candidate("triton", _by_triton, _triton_rejects),
-        Candidate("torch", lambda a: append_to_cache(*a)),
-        Candidate("reference", lambda a: append_to_cache(*a)),
+        Candidate("torch", _by_reference),
+        Candidate("reference", _by_reference),
     ),
 )
