@@ -11,7 +11,10 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 .PHONY: demo test test-all bench verify sanitize gpu lint format clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/built
+# Where there is no GPU the demo does without the CUDA kernels, which take longest to compile.
+GPU := $(wildcard /dev/nvidia0 /dev/dxg)
+
+demo: $(VENV)/$(if $(GPU),built,built-for-cpu)
 	$(BIN)/python -m fastseq demo
 
 # Two files at a time, each on one core: a file's tests share what they compiled.
@@ -63,8 +66,14 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install -q $(TRITON) -r requirements.txt
 	touch $@
 
+INSTALL := $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(INSTALL)
+	touch $@ $(VENV)/built-for-cpu
+
+$(VENV)/built-for-cpu: $(VENV)/installed $(SOURCES)
+	FASTSEQ_CUDA=0 $(INSTALL)
 	touch $@
 
 clean:

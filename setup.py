@@ -56,18 +56,19 @@ CUDA_KERNELS = ["layer_norm", *RECURRENT]
 
 
 class BuildExtension(build_ext):
-    """Compiles every object in parallel, then links with nvcc or the C++ compiler."""
+    """Compiles what has changed, in parallel, then links with nvcc or the C++ compiler."""
 
     def build_extension(self, ext):
         import torch
 
         include = Path(torch.__file__).parent / "include"
         library = Path(torch.__file__).parent / "lib"
-        objects = Path(self.build_temp)
+        objects = ROOT / "build" / "objects"
         objects.mkdir(parents=True, exist_ok=True)
         host = [CXX, *BASE, *WARNINGS, "-fPIC", "-fvisibility=hidden"]
         binding_flags = [
             "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch served: 2.10
+            f"-DFASTSEQ_BUILT_WITH_TORCH={torch.__version__}",  # another torch: compile again
             "-DPy_LIMITED_API=0x030A0000",
             *(f"-isystem{path}" for path in (include, include / "torch/csrc/api/include")),
             *(f"-I{path}" for path in self.include_dirs),
@@ -80,39 +81,33 @@ class BuildExtension(build_ext):
                 f'-DFASTSEQ_CUDA_ARCHITECTURES="{names}"',
             ]
 
-        commands = [[*host, *binding_flags, "-c", "csrc/bindings.cpp"]]
+        # Object file: the command that makes it.
+        commands = {"bindings": [*host, *binding_flags, "-c", "csrc/bindings.cpp"]}
         for name in ("scratch", "instruction_set"):
-            commands.append([*host, "-c", f"csrc/cpu/{name}.cpp"])
+            commands[name] = [*host, "-c", f"csrc/cpu/{name}.cpp"]
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
         exact = ["-ffp-contract=off"]
-        commands += [
-            [
+        commands |= {
+            f"{kernel}_{name}": [
                 *(*host, *math, *(exact if kernel in EXACT else []), f"-DFASTSEQ_ISA={name}"),
                 *(*flags, "-c", f"csrc/cpu/{kernel}.cpp"),
             ]
             for kernel in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
-        ]
+        }
         if NVCC:
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
             last = ARCHITECTURES[-1]
             targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
-            commands += [
-                [
-                    NVCC,
-                    *BASE,
-                    *targets,
-                    "-Xcompiler=-fPIC,-fvisibility=hidden",
-                    "-c",
-                    f"csrc/cuda/{k}.cu",
-                ]
-                for k in ["device", *CUDA_KERNELS]
-            ]
-        outputs = [objects / f"{index}.o" for index in range(len(commands))]
+            options = [*BASE, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            commands |= {
+                f"{kernel}_cuda": [NVCC, *options, "-c", f"csrc/cuda/{kernel}.cu"]
+                for kernel in ["device", *CUDA_KERNELS]
+            }
+        outputs = [objects / f"{name}.o" for name in commands]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = zip(commands, outputs, strict=True)
-            list(pool.map(lambda job: self.run_tool([*job[0], "-o", str(job[1])]), jobs))
+            list(pool.map(self.compile, commands.values(), outputs))
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +120,19 @@ class BuildExtension(build_ext):
         link += [flag for flag in BASE if flag.startswith("-fsanitize")]
         libraries = [f"-L{library}", "-ltorch", "-ltorch_cpu"]
         self.run_tool([*link, *map(str, outputs), *libraries, "-o", str(target)])
+
+    def compile(self, command, output):
+        """Runs a command, unless its object is newer than every file it was made from."""
+        listed, made_by = output.with_suffix(".d"), output.with_suffix(".command")
+        command = [*command, "-MMD", "-MF", str(listed), "-o", str(output)]
+        if output.exists() and made_by.exists() and made_by.read_text() == " ".join(command):
+            files = listed.read_text().replace("\\\n", " ").split()[1:]
+            made = output.stat().st_mtime
+            if all(Path(ROOT, f).exists() and Path(ROOT, f).stat().st_mtime < made for f in files):
+                return
+        made_by.unlink(missing_ok=True)
+        self.run_tool(command)
+        made_by.write_text(" ".join(command))
 
     def run_tool(self, command):
         if self.verbose:

@@ -79,29 +79,64 @@ void add_residual(const LayerNormForward& args, int64_t row, X* kept, T* buffer,
   add(buffer, read_row(args.residual, row, residual_buffer, n));
 }
 
-template <class T, class X, class Y, int Count>
-void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], int64_t row,
-                    const T* weight, const T* bias) {
-  const int64_t n = args.row_length;
+// Mean (0 for RMSNorm) and variance about it of Count rows.
+template <class T, class X, int Count>
+void centred_moments(const X* const (&x)[Count], int64_t n, bool rms, T* mean, double* variance) {
   const double per_element = 1.0 / static_cast<double>(n);
   double total[Count];
-  T mean[Count] = {}, rstd[Count];
-  if (!args.rms) {
+  T center[Count] = {};
+  if (!rms) {
     row_sums<T>(x, n, [](int, V<T> v, V<T> sum) { return sum + v; }, total);
-    for (int r = 0; r < Count; ++r) {
-      mean[r] = static_cast<T>(total[r] * per_element);
-      static_cast<T*>(args.mean.data)[row + r] = mean[r];
-    }
+    for (int r = 0; r < Count; ++r) center[r] = static_cast<T>(total[r] * per_element);
   }
   row_sums<T>(
       x, n,
-      [&mean](int r, V<T> v, V<T> sum) {
-        const V<T> centred = v - mean[r];
+      [&center](int r, V<T> v, V<T> sum) {
+        const V<T> centred = v - center[r];
         return fma(centred, centred, sum);
       },
       total);
   for (int r = 0; r < Count; ++r) {
-    rstd[r] = static_cast<T>(1.0 / sqrt(total[r] * per_element + args.eps));
+    mean[r] = center[r];
+    variance[r] = total[r] * per_element;
+  }
+}
+
+// The same. Where the processor multiplies and adds pairs of bf16, one sweep without conversions
+// takes the place of two: variance = E[x^2] - E[x]^2, for a row in which that cancels next to
+// nothing and whose squares are far from over- and underflow; any other row the other way.
+template <class T, class X, int Count>
+void moments(const X* const (&x)[Count], int64_t n, bool rms, T* mean, double* variance) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<X, bf16>) {
+    const double per_element = 1.0 / static_cast<double>(n);
+    double sum[Count], squares[Count];
+    row_sums_of_pairs(x, n, sum, squares);
+    for (int r = 0; r < Count; ++r) {
+      const double center = rms ? 0 : sum[r] * per_element, square = squares[r] * per_element;
+      mean[r] = static_cast<T>(center);
+      variance[r] = square - center * center;
+      if (!(variance[r] > square / 4 && square > 1e-30 && square < 1e30)) {
+        const X* const row[1] = {x[r]};
+        centred_moments<T>(row, n, rms, mean + r, variance + r);
+      }
+    }
+    return;
+  }
+#endif
+  centred_moments<T>(x, n, rms, mean, variance);
+}
+
+template <class T, class X, class Y, int Count>
+void normalize_rows(const LayerNormForward& args, const X* const (&x)[Count], int64_t row,
+                    const T* weight, const T* bias) {
+  const int64_t n = args.row_length;
+  T mean[Count], rstd[Count];
+  double variance[Count];
+  moments<T>(x, n, args.rms, mean, variance);
+  for (int r = 0; r < Count; ++r) {
+    rstd[r] = static_cast<T>(1.0 / sqrt(variance[r] + args.eps));
+    if (!args.rms) static_cast<T*>(args.mean.data)[row + r] = mean[r];
     static_cast<T*>(args.rstd.data)[row + r] = rstd[r];
   }
   const bool affine = args.weight.data != nullptr || args.bias.data != nullptr;
@@ -167,8 +202,10 @@ struct Step {
   const M* x[Count];
   const M* grad[Count];
   T mean[Count], rstd[Count];
-  T mean_grad[Count] = {};  // E[g], g = grad * weight; stays 0 for RMSNorm
-  T mean_product[Count];    // E[g * n], n = (x - mean) * rstd
+  // What the sums over the row subtract, with g = grad * weight and c = x - mean:
+  //   dx = rstd * (g - E[g] - n * E[g * n]) = rstd * (g - mean_grad - c * slope),   n = c * rstd
+  T mean_grad[Count];  // E[g]; 0 for RMSNorm
+  T slope[Count];      // rstd^2 * E[g * c]
 };
 
 // Sums over each row into step, sums over the rows added to weight_sum and bias_sum.
@@ -186,11 +223,10 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
 #pragma GCC unroll 4
       for (int r = 0; r < Count; ++r) {
         const V<T> grad = read(step.grad[r] + i);
-        const V<T> normalized = mask((read(step.x[r] + i) - step.mean[r]) * step.rstd[r]);
-        const V<T> scaled = grad * w;
-        sum_product[r] = fma(scaled, normalized, sum_product[r]);
-        if (Centred) sum_grad[r] += scaled;
-        for_weight = fma(grad, normalized, for_weight);
+        const V<T> product = grad * mask(read(step.x[r] + i) - step.mean[r]);
+        sum_product[r] = fma(product, w, sum_product[r]);
+        if (Centred) sum_grad[r] = fma(grad, w, sum_grad[r]);
+        for_weight = fma(product, splat<T>(step.rstd[r]), for_weight);
         for_bias += grad;
         ahead[r].prefetch(i);
       }
@@ -215,8 +251,9 @@ void reduce_step(Step<T, M, Count>& step, const T* weight, T* weight_sum, T* bia
     }
   }
   for (int r = 0; r < Count; ++r) {
+    const double rstd = step.rstd[r];
     step.mean_grad[r] = static_cast<T>(total_grad[r] * per_element);
-    step.mean_product[r] = static_cast<T>(total_product[r] * per_element);
+    step.slope[r] = static_cast<T>(total_product[r] * per_element * rstd * rstd);
   }
 }
 
@@ -249,12 +286,10 @@ void backward_step(const LayerNormBackward& args, int64_t row, const Workspace<T
                           ? nullptr
                           : read_row(args.grad_new_residual, row + r, work.stream, n);
     const auto value = [x = step.x[r], grad = step.grad[r], mean = step.mean[r],
-                        rstd = step.rstd[r], mean_grad = step.mean_grad[r],
-                        mean_product = step.mean_product[r], weight = work.weight,
-                        stream](int64_t i, auto read) {
-      const V<T> normalized = (read(x + i) - mean) * rstd;
+                        rstd = step.rstd[r], mean_grad = step.mean_grad[r], slope = step.slope[r],
+                        weight = work.weight, stream](int64_t i, auto read) {
       const V<T> scaled = read(grad + i) * read(weight + i);
-      const V<T> gradient = fma(normalized, splat<T>(-mean_product), scaled - mean_grad);
+      const V<T> gradient = fma(read(x + i) - mean, splat<T>(-slope), scaled - mean_grad);
       if (stream == nullptr) return gradient * rstd;
       return fma(gradient, splat<T>(rstd), read(stream + i));
     };
