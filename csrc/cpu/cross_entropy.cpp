@@ -108,7 +108,7 @@ inline Sums<T> block_sums(const M* x, int64_t n, T top, T pivot, const T* weight
   V<T> sum[2] = {}, smooth[2] = {};
   const auto add = [&](int which, V<T> v, V<T> w, auto keep) {
     const V<T> z = capped<Capped, T>(v, cap);
-    sum[which] += keep(exp(z - top));
+    sum[which] += keep(exp_nonpositive(z - top));
     if constexpr (S == Smoothing::plain) smooth[which] += keep(z - pivot);
     if constexpr (S == Smoothing::weighted) smooth[which] += keep((z - pivot) * w);
   };
@@ -295,7 +295,7 @@ void backward_row(const CrossEntropyBackward& args, int64_t row, const T* weight
       z = t * cap.cap;
       slope = T(1) - t * t;
     }
-    V<T> grad = exp((z - top) - log_sum) * coefficient.softmax;
+    V<T> grad = exp_nonpositive((z - top) - log_sum) * coefficient.softmax;
     if constexpr (S == Smoothing::plain) grad -= coefficient.weight;
     if constexpr (S == Smoothing::weighted)
       grad -= load_some<T>(weight + i, count) * coefficient.weight;

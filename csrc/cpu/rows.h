@@ -60,6 +60,12 @@ inline void with_type(DType dtype, F f) {
   }
 }
 
+// The same for two of them.
+template <class T, class F>
+inline void with_types(DType one, DType other, F f) {
+  with_type<T>(one, [&](auto* a) { with_type<T>(other, [&](auto* b) { f(a, b); }); });
+}
+
 template <class M>
 constexpr DType memory_dtype = DType::f32;
 template <>

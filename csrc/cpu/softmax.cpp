@@ -115,29 +115,29 @@ double exponentials(const M* x, T shift, T* buffer, int64_t n, const Ahead& ahea
   return total;
 }
 
-// The output from the first n elements in the buffer; a masked row has zeros after them.
+// What turns the buffer into the output: a factor, or with Log a summand. Taken as soon as the sum
+// is known, so that the division goes on beside the next row's exponentials.
 template <class T, bool Log>
-void write_normalized(const SoftmaxForward& args, int64_t row, const T* buffer, int64_t n,
-                      double total) {
-  with_type<T>(args.output.dtype, [&](auto* type) {
-    auto* y = reinterpret_cast<decltype(type)>(row_of(args.output, row));
-    const auto nothing = [](int64_t) {};
-    if constexpr (Log) {
-      const T offset = static_cast<T>(::log(total));
-      write_values<T>(
-          y, n, args.past_cache, [=](int64_t i, auto read) { return read(buffer + i) - offset; },
-          nothing);
-    } else {
-      // Only a masked row can sum up to 0: all its exponentials are 0 then, and so is the result.
-      const T factor = total == 0 ? T(0) : static_cast<T>(1.0 / total);
-      write_values<T>(
-          y, n, args.past_cache, [=](int64_t i, auto read) { return read(buffer + i) * factor; },
-          nothing);
-    }
-    if (n < args.length)
-      write_values<T>(
-          y + n, args.length - n, args.past_cache, [](int64_t, auto) { return V<T>{}; }, nothing);
-  });
+T finish_of(double total) {
+  if constexpr (Log) return static_cast<T>(-::log(total));
+  // Only a masked row can sum up to 0: all its exponentials are 0 then, and so is the result.
+  return total == 0 ? T(0) : static_cast<T>(1.0 / total);
+}
+
+// The output from the first n elements in the buffer; a masked row has zeros after them.
+template <class T, bool Log, class Out>
+void write_finished(const SoftmaxForward& args, int64_t row, const T* buffer, int64_t n, T finish) {
+  Out* const y = reinterpret_cast<Out*>(row_of(args.output, row));
+  const auto nothing = [](int64_t) {};
+  write_values<T>(
+      y, n, args.past_cache,
+      [=](int64_t i, auto read) {
+        return Log ? read(buffer + i) + finish : read(buffer + i) * finish;
+      },
+      nothing);
+  if (n < args.length)
+    write_values<T>(
+        y + n, args.length - n, args.past_cache, [](int64_t, auto) { return V<T>{}; }, nothing);
 }
 
 // Calls f(row, r, buffer of its own) for up to kTogether rows: first one phase for all, then the
@@ -159,12 +159,11 @@ void by_phases(int64_t n, int64_t begin, int64_t end, First first, Second second
 template <class T, bool Log>
 void forward_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T most[kTogether];
-  double total[kTogether];
-  with_type<T>(args.input.dtype, [&](auto* type) {
-    using M = std::remove_pointer_t<decltype(type)>;
-    constexpr bool narrow = sizeof(M) == 2;
-    const bool coarse = narrow && is_coarse(args.input, args.output);
+  T most[kTogether], finish[kTogether];
+  with_types<T>(args.input.dtype, args.output.dtype, [&](auto* from, auto* to) {
+    using M = std::remove_pointer_t<decltype(from)>;
+    using Out = std::remove_pointer_t<decltype(to)>;
+    constexpr bool coarse = sizeof(M) == 2 && sizeof(Out) == 2;
     const auto row_at = [&](int64_t row) {
       return reinterpret_cast<const M*>(row_of(args.input, row));
     };
@@ -173,12 +172,11 @@ void forward_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
         [&](int64_t row, int64_t r, T*) { most[r] = row_maximum<T>(row_at(row), n); },
         [&](int64_t row, int64_t r, T* buffer) {
           const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
-          total[r] = coarse
-                         ? exponentials<T, M, Log, narrow>(row_at(row), most[r], buffer, n, ahead)
-                         : exponentials<T, M, Log, false>(row_at(row), most[r], buffer, n, ahead);
+          finish[r] = finish_of<T, Log>(
+              exponentials<T, M, Log, coarse>(row_at(row), most[r], buffer, n, ahead));
         },
         [&](int64_t row, int64_t r, T* buffer) {
-          write_normalized<T, Log>(args, row, buffer, n, total[r]);
+          write_finished<T, Log, Out>(args, row, buffer, n, finish[r]);
         });
   });
 }
@@ -275,12 +273,11 @@ inline int64_t columns_seen(const SoftmaxForward& args, int64_t row) {
 template <class T>
 void forward_masked(const SoftmaxForward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length;
-  T shift[kTogether];
-  double total[kTogether];
-  with_type<T>(args.input.dtype, [&](auto* type) {
-    using M = std::remove_pointer_t<decltype(type)>;
-    constexpr bool narrow = sizeof(M) == 2;
-    const bool coarse = narrow && is_coarse(args.input, args.output);
+  T shift[kTogether], finish[kTogether];
+  with_types<T>(args.input.dtype, args.output.dtype, [&](auto* from, auto* to) {
+    using M = std::remove_pointer_t<decltype(from)>;
+    using Out = std::remove_pointer_t<decltype(to)>;
+    constexpr bool coarse = sizeof(M) == 2 && sizeof(Out) == 2;
     by_phases<T>(
         n, begin, end,
         [&](int64_t row, int64_t r, T* buffer) {
@@ -290,16 +287,14 @@ void forward_masked(const SoftmaxForward& args, int64_t begin, int64_t end) {
         },
         [&](int64_t row, int64_t r, T* buffer) {
           const Ahead ahead(args.input, row, n > kAhead ? n : kAhead);
-          const int64_t seen = columns_seen(args, row);
-          total[r] = coarse
-                         ? exponentials<T, T, false, narrow>(buffer, shift[r], buffer, seen, ahead)
-                         : exponentials<T, T, false, false>(buffer, shift[r], buffer, seen, ahead);
+          finish[r] = finish_of<T, false>(exponentials<T, T, false, coarse>(
+              buffer, shift[r], buffer, columns_seen(args, row), ahead));
         },
         [&](int64_t row, int64_t r, T* buffer) {
           // Whole vectors, so that the zeros after them begin where they may be streamed.
           int64_t seen = columns_seen(args, row);
           for (; seen < n && seen % lanes<T> != 0; ++seen) buffer[seen] = 0;
-          write_normalized<T, false>(args, row, buffer, seen, total[r]);
+          write_finished<T, false, Out>(args, row, buffer, seen, finish[r]);
         });
   });
 }
@@ -335,8 +330,9 @@ template <class T, Kind K>
 void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
   const int64_t n = args.length, ahead = n > kAhead ? n : kAhead;
   T sum[kTogether];
-  with_type<T>(args.output.dtype, [&](auto* of_type) {
-    using M = std::remove_pointer_t<decltype(of_type)>;
+  with_types<T>(args.output.dtype, args.grad_input.dtype, [&](auto* from, auto* to) {
+    using M = std::remove_pointer_t<decltype(from)>;
+    using Out = std::remove_pointer_t<decltype(to)>;
     const auto at = [](const Rows& rows, int64_t row) {
       return reinterpret_cast<const M*>(row_of(rows, row));
     };
@@ -347,15 +343,13 @@ void backward_rows(const SoftmaxBackward& args, int64_t begin, int64_t end) {
         },
         [](int64_t, int64_t, T*) {},
         [&](int64_t row, int64_t r, T*) {
-          with_type<T>(args.grad_input.dtype, [&](auto* type) {
-            const M *grad = at(args.grad_output, row), *y = at(args.output, row);
-            write_values<T>(
-                reinterpret_cast<decltype(type)>(row_of(args.grad_input, row)), n, args.past_cache,
-                [=, sum = splat(sum[r]), scale = static_cast<T>(args.scale)](int64_t i, auto read) {
-                  return gradient<T, K>(read(grad + i), read(y + i), sum, scale);
-                },
-                [=](int64_t i) { __builtin_prefetch(y + i + ahead, 0, 2); });
-          });
+          const M *grad = at(args.grad_output, row), *y = at(args.output, row);
+          write_values<T>(
+              reinterpret_cast<Out*>(row_of(args.grad_input, row)), n, args.past_cache,
+              [=, sum = splat(sum[r]), scale = static_cast<T>(args.scale)](int64_t i, auto read) {
+                return gradient<T, K>(read(grad + i), read(y + i), sum, scale);
+              },
+              [=](int64_t i) { __builtin_prefetch(y + i + ahead, 0, 2); });
         });
   });
 }
@@ -399,6 +393,6 @@ void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const SoftmaxCpu softmax{slab_columns, forward, backward};
+extern const SoftmaxCpu softmax{kSlab, forward, backward};
 
 }  // namespace fastseq::FASTSEQ_ISA

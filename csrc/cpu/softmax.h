@@ -7,8 +7,7 @@
 namespace fastseq {
 
 struct SoftmaxCpu {
-  // A task is a row, or where inner > 1 so many columns that lie side by side.
-  int64_t (*columns)(int64_t length, DType compute, bool forward);
+  int64_t columns;  // a task is a row, or where inner > 1 so many columns that lie side by side
   void (*forward)(const SoftmaxForward& args, int64_t begin, int64_t end);
   void (*backward)(const SoftmaxBackward& args, int64_t begin, int64_t end);
 };

@@ -5,13 +5,13 @@
 // is read row by row, a lane for each column, and nothing goes across lanes. What is kept of a
 // column, its maximum or sum, is in L1, and kGroup rows are taken at a time, from registers.
 //
-//   forward    maximum -> exp and its sum -> scale. exp is what takes the time, so it is taken
-//   once:
-//              the slab is kept in fp32 in a buffer that L2 holds, which makes long slabs narrow.
-//              Left where they are its rows would not stay in cache: they often lie a power of two
-//              apart, in the same few sets.
-//   backward   sum of grad * y -> write, last row first, for those are still in cache. A wide slab
-//              that is read twice is faster here than a narrow one in a buffer.
+//   forward    maximum and sum of exp together -> exp again and scale
+//   backward   sum of grad * y -> write
+//
+// Both read a slab twice, the second time last row first, for those are still in cache. Forward
+// might keep exp in a buffer instead of taking it twice; but only narrow slabs fit one that L2
+// holds, and to read a matrix by narrow slabs costs more than exp: the rows of a slab lie pages
+// apart, where no prefetching by the processor goes.
 #pragma once
 
 #include <type_traits>
@@ -23,9 +23,9 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-constexpr int64_t kSlab = 512;          // columns of a task at most
-constexpr int64_t kBuffer = 512 << 10;  // bytes of L2 for the forward's slab
-constexpr int kGroup = 8;               // rows of which each has a vector in a register
+constexpr int64_t kSlab = 512;  // columns of a task
+constexpr int kGroup = 8;       // rows of which each has a vector in a register
+constexpr int64_t kBefore = 4;  // rows to look back while the last are written first
 
 template <class T>
 inline T infinity() {
@@ -38,12 +38,7 @@ inline V<T> power_of(V<T> x) {
   if constexpr (Coarse)
     return exp_coarse(x);
   else
-    return exp(x);
-}
-
-// Whether the numbers come in and go out in 16 bits.
-inline bool is_coarse(const Rows& input, const Rows& output) {
-  return element_size(input.dtype) == 2 && element_size(output.dtype) == 2;
+    return exp_nonpositive(x);
 }
 
 enum class Kind { softmax, log_softmax, masked };
@@ -74,20 +69,13 @@ struct Slab {
   int64_t outer, first, count;
 };
 
-// Columns of a slab: whole lines of memory. They decide how tasks are cut, and nothing else.
-inline int64_t slab_columns(int64_t length, DType compute, bool forward) {
-  const int64_t size = element_size(compute), line = 64 / size;
-  const int64_t fitting = forward ? kBuffer / (length * size) / line * line : kSlab;
-  return fitting < line ? line : fitting < kSlab ? fitting : kSlab;
-}
-
 // Runs solve on the slabs of the tasks [begin, end).
 template <class Solve>
-void for_slabs(int64_t inner, int64_t width, int64_t begin, int64_t end, Solve solve) {
-  const int64_t slabs = (inner + width - 1) / width;
+void for_slabs(int64_t inner, int64_t begin, int64_t end, Solve solve) {
+  const int64_t slabs = (inner + kSlab - 1) / kSlab;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % slabs * width;
-    solve(Slab{task / slabs, first, inner - first < width ? inner - first : width});
+    const int64_t first = task % slabs * kSlab;
+    solve(Slab{task / slabs, first, inner - first < kSlab ? inner - first : kSlab});
   }
   fence();
 }
@@ -143,52 +131,47 @@ inline void write_slab(const Place<M>& y, int64_t length, int64_t count, bool pa
 template <class T, class M, class Out, bool Log, bool Coarse>
 void forward_slab(const SoftmaxForward& args, const Slab& slab) {
   const int64_t n = args.length, count = slab.count;
-  const int64_t pitch = (count + lanes<T> - 1) / lanes<T> * lanes<T>;
-  T* const buffer = static_cast<T*>(thread_scratch(static_cast<size_t>(n * pitch) * sizeof(T)));
-  const auto at = [buffer, pitch](int64_t i, int64_t j) { return buffer + i * pitch + j; };
   const Place<const M> x(args.input, slab, n);
+  // Of each column the maximum so far, and the sum of exp(x - maximum) with what it lost.
   alignas(64) T most[kSlab], total[kSlab] = {}, lost[kSlab] = {};
   for (T& m : most) m = -infinity<T>();
   by_groups<T>(n, count, [&](int64_t i, int64_t j, auto rows) {
-    V<T> top = load(most + j);
+    V<T> v[rows()];
+    const V<T> before = load(most + j);
+    V<T> top = before;
     for (int r = 0; r < rows(); ++r) {
-      const V<T> v = load_some<T>(x[i + r] + j, count - j);
+      v[r] = load_some<T>(x[i + r] + j, count - j);
       __builtin_prefetch(x[i + r + kGroup] + j);
-      store(at(i + r, j), v);
-      top = maximum(top, v);
+      top = maximum(top, v[r]);
     }
     store(most + j, top);
-  });
-  by_groups<T>(n, count, [&](int64_t i, int64_t j, auto rows) {
-    const V<T> top = load(most + j);
+    // Of a group of -Inf alone every exponential is 0, which -Inf - -Inf would not give.
+    const V<T> from = top == -infinity<T>() ? V<T>{} : top;
     V<T> sum = {};
-    for (int r = 0; r < rows(); ++r) {
-      const V<T> shifted = load(at(i + r, j)) - top;
-      const V<T> power = power_of<T, Coarse>(shifted);
-      store(at(i + r, j), Log ? shifted : power);
-      sum += power;
-    }
+    for (int r = 0; r < rows(); ++r) sum += power_of<T, Coarse>(v[r] - from);
+    const V<T> less = power_of<T, Coarse>(before - from);
+    store(total + j, load(total + j) * less);
+    store(lost + j, load(lost + j) * less);
     add_to(total + j, lost + j, sum);
   });
   for (int64_t j = 0; j < count; j += lanes<T>)
     store(total + j, Log ? log<T>(load(total + j)) : T(1) / load(total + j));
   write_slab<T>(Place<Out>(args.output, slab, n), n, count, args.past_cache,
                 [&](int64_t i, int64_t j) {
-                  const V<T> kept = load(at(i, j)), factor = load(total + j);
-                  return Log ? kept - factor : kept * factor;
+                  __builtin_prefetch(x[i - kBefore] + j);
+                  const V<T> shifted = load_some<T>(x[i] + j, count - j) - load(most + j);
+                  const V<T> factor = load(total + j);
+                  return Log ? shifted - factor : power_of<T, Coarse>(shifted) * factor;
                 });
 }
 
 template <class T, bool Log>
 void forward_columns(const SoftmaxForward& args, int64_t begin, int64_t end) {
-  with_type<T>(args.input.dtype, [&](auto* from) {
-    with_type<T>(args.output.dtype, [&](auto* to) {
-      using M = std::remove_pointer_t<decltype(from)>;
-      using Out = std::remove_pointer_t<decltype(to)>;
-      const int64_t width = slab_columns(args.length, memory_dtype<T>, true);
-      for_slabs(args.inner, width, begin, end, [&](const Slab& slab) {
-        forward_slab<T, M, Out, Log, sizeof(M) == 2 && sizeof(Out) == 2>(args, slab);
-      });
+  with_types<T>(args.input.dtype, args.output.dtype, [&](auto* from, auto* to) {
+    using M = std::remove_pointer_t<decltype(from)>;
+    using Out = std::remove_pointer_t<decltype(to)>;
+    for_slabs(args.inner, begin, end, [&](const Slab& slab) {
+      forward_slab<T, M, Out, Log, sizeof(M) == 2 && sizeof(Out) == 2>(args, slab);
     });
   });
 }
@@ -210,6 +193,8 @@ void backward_slab(const SoftmaxBackward& args, const Slab& slab) {
   });
   write_slab<T>(Place<Out>(args.grad_input, slab, n), n, count, args.past_cache,
                 [&](int64_t i, int64_t j) {
+                  __builtin_prefetch(grad[i - kBefore] + j);
+                  __builtin_prefetch(y[i - kBefore] + j);
                   return gradient<T, K>(load_some<T>(grad[i] + j, count - j),
                                         load_some<T>(y[i] + j, count - j), load(total + j), T(1));
                 });
@@ -217,13 +202,11 @@ void backward_slab(const SoftmaxBackward& args, const Slab& slab) {
 
 template <class T, Kind K>
 void backward_columns(const SoftmaxBackward& args, int64_t begin, int64_t end) {
-  with_type<T>(args.output.dtype, [&](auto* from) {
-    with_type<T>(args.grad_input.dtype, [&](auto* to) {
-      using M = std::remove_pointer_t<decltype(from)>;
-      using Out = std::remove_pointer_t<decltype(to)>;
-      for_slabs(args.inner, slab_columns(args.length, memory_dtype<T>, false), begin, end,
-                [&](const Slab& slab) { backward_slab<T, M, Out, K>(args, slab); });
-    });
+  with_types<T>(args.output.dtype, args.grad_input.dtype, [&](auto* from, auto* to) {
+    using M = std::remove_pointer_t<decltype(from)>;
+    using Out = std::remove_pointer_t<decltype(to)>;
+    for_slabs(args.inner, begin, end,
+              [&](const Slab& slab) { backward_slab<T, M, Out, K>(args, slab); });
   });
 }
 
