@@ -64,6 +64,7 @@ class Benchmark:
         label: names a point, ``"8192x1024"``.
         cost: of a problem in mode ``fwd`` (``inference`` likewise) or ``bwd``.
         rivals: third-party providers; called once, returns those that can be imported.
+        modes: those of :data:`MODES` that the operator has; without gradients, inference.
     """
 
     operator: Operator
@@ -71,6 +72,7 @@ class Benchmark:
     label: Callable[[Sizes], str]
     cost: Callable[[Problem, str], Cost]
     rivals: Callable[[], tuple[Provider, ...]] = field(default=tuple)
+    modes: tuple[str, ...] = MODES
 
     def cost_of(self, problem: Problem, mode: str) -> Cost:
         """The cost in any mode: forward and backward add up."""

@@ -86,7 +86,8 @@ class Runner:
 
     def _groups(self, point: Point) -> int:
         threads = len(self.settings.threads) if self.settings.device.type == "cpu" else 1
-        return len(point.policies) * len(self.settings.modes) * threads
+        modes = sum(mode in point.benchmark.modes for mode in self.settings.modes)
+        return max(1, len(point.policies) * modes * threads)
 
     def _share(self, deadline: float | None, points_left: int, point: Point) -> float:
         """Sampling seconds for each group of this point; 0 where there is no time for it."""
@@ -141,6 +142,7 @@ class Runner:
             replace(blank, mode=mode, threads=threads, policy=policy)
             for threads in self._thread_counts()
             for mode in settings.modes
+            if mode in point.benchmark.modes
             for policy in point.policies
         ]
         groups = [g for g in groups if g.group not in known]

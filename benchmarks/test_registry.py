@@ -32,6 +32,8 @@ CASES = [
 def test_speed(
     benchmark: Any, case: Benchmark, sizes: Sizes, dtype: str, mode: str, provider_name: str
 ) -> None:
+    if mode not in case.modes:
+        pytest.skip("no gradients")
     problem = make_problem(case.operator, sizes, DTYPES[dtype], "cpu")
     providers = providers_of(case, [provider_name], "smoke", "cpu")
     provider = next(p for p in providers if p.name == provider_name)

@@ -58,6 +58,8 @@ class Recorder:
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_opcheck(name: str, backend: str) -> None:
     """Schema, fake and dynamic-shape agreement of the ops behind an operator."""
+    if backend not in [candidate.backend for candidate in REGISTRY[OPERATORS[name].op]]:
+        pytest.skip(f"{name} has no {backend} kernel")
     recorder = Recorder()
     with fastseq.use_backend(backend):
         for problem in quick(OPERATORS[name]):
@@ -108,7 +110,7 @@ def test_compiles_whole_with_dynamic_shapes(name: str) -> None:
         torch.testing.assert_close(result[key], value, msg=lambda m, key=key: f"{key}: {m}")
     ops = {str(node.target) for graph in graphs for node in graph.graph.nodes}
     mine = {op for op in ops if op.startswith("fastseq.")}
-    if mine:  # an operator that is composed of torch's has none
+    if mine and problem.differentiable:  # an operator that is composed of torch's has none
         assert any("_fwd" in op for op in mine)
         assert any("_bwd" in op for op in mine), ops
 

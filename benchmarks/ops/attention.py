@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastseq.testing import OPERATORS, Problem
 
 from ..registry import Benchmark, Cost, Provider, Sizes, nbytes
+from . import append_to_cache
 
 
 def _sizes(
@@ -171,4 +172,5 @@ BENCHMARKS = (
     Benchmark(OPERATORS["scaled_dot_product_attention"], _SWEEPS, _label, _cost, _flash_attention),
     Benchmark(OPERATORS["attention"], _HARD, _label, _cost),
     Benchmark(OPERATORS["attention_bias"], _BIASED, _label, _cost),
+    append_to_cache.BENCHMARK,
 )

@@ -54,42 +54,45 @@ def _validate(
     name = "append_to_cache"
     if records_gradient(key_cache, value_cache, key, value):
         raise RuntimeError(f"{name}: takes no gradient; call it under torch.no_grad()")
+    device = key.device
     named = {"key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value}
     for role, tensor in named.items():
         if tensor.dim() != 4:
             raise RuntimeError(f"{name}: {role} must be [B, Hk, L, D], got {list(tensor.shape)}")
         if tensor.dtype not in FLOATING:
             raise RuntimeError(f"{name}: {role} must be floating point, got {tensor.dtype}")
-        if tensor.device != key.device:
+        if tensor.device != device:
             raise RuntimeError(
-                f"{name}: {role} must be on the key's device {key.device}, got {tensor.device}"
+                f"{name}: {role} must be on the key's device {device}, got {tensor.device}"
             )
-    if value_cache.shape[:3] != key_cache.shape[:3]:
+    batch, heads, room, head_dim = key_cache.shape
+    new = key.shape[2]
+    if value_cache.shape[:3] != (batch, heads, room):
         raise RuntimeError(
-            f"{name}: value_cache must be {[*key_cache.shape[:3]]} like key_cache, "
-            f"got {[*value_cache.shape[:3]]}"
+            f"{name}: value_cache must be {[batch, heads, room]} like key_cache, "
+            f"got {list(value_cache.shape[:3])}"
         )
-    for role, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        wanted = [*cache.shape[:2], key.shape[2], cache.shape[3]]
-        if list(new.shape) != wanted:
-            raise RuntimeError(f"{name}: {role} must be {wanted}, got {list(new.shape)}")
+    for role, tensor, width in (("key", key, head_dim), ("value", value, value_cache.shape[3])):
+        if tensor.shape != (batch, heads, new, width):
+            raise RuntimeError(
+                f"{name}: {role} must be {[batch, heads, new, width]}, got {list(tensor.shape)}"
+            )
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != key.shape[:1]:
         raise RuntimeError(
             f"{name}: lengths must be int32 or int64 of shape [{key.shape[0]}], "
             f"got {lengths.dtype} of {list(lengths.shape)}"
         )
-    if lengths.device != key.device:
+    if lengths.device != device:
         raise RuntimeError(
-            f"{name}: lengths must be on the key's device {key.device}, got {lengths.device}"
+            f"{name}: lengths must be on the key's device {device}, got {lengths.device}"
         )
-    if not lengths.is_cpu or not lengths.numel() or torch.compiler.is_compiling():
+    if not lengths.is_cpu or torch.compiler.is_compiling():
         return
     if type(lengths) is not Tensor or is_transformed():
         return  # it has no numbers to look at
-    least, most = (int(bound) for bound in torch.aminmax(lengths))
-    room = key_cache.shape[2] - key.shape[2]
-    if least < 0 or most > room:
+    held = lengths.tolist()
+    if held and (min(held) < 0 or max(held) > room - new):
         raise IndexError(
-            f"{name}: lengths must be between 0 and {room} for {key.shape[2]} more to fit, "
-            f"got {least} to {most}"
+            f"{name}: lengths must be between 0 and {room - new} for {new} more to fit, "
+            f"got {min(held)} to {max(held)}"
         )

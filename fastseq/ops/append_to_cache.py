@@ -43,6 +43,37 @@ def _by_triton(a: Append) -> Tensor:
     return lengths
 
 
+#: Tokens from which entries of different lengths are copied one by one: a slice takes 3 us,
+#: indexing 6 for all entries but longer for every number.
+_MANY_TOKENS = 32
+
+
+def _by_torch(a: Append) -> Tensor:
+    """On the CPU, where lengths can be looked at: slices where they serve, else indexing."""
+    if not a.lengths.is_cpu:
+        return reference.append_to_cache(*a)
+    lengths, room, new = a.lengths.tolist(), a.key_cache.shape[2], a.key.shape[2]
+    least, most = min(lengths, default=0), max(lengths, default=0)
+    if not new or least < 0 or most + new > room:
+        return reference.append_to_cache(*a)
+    pairs = ((a.key_cache, a.key), (a.value_cache, a.value))
+    if least == most:
+        for cache, rows in pairs:
+            cache.narrow(2, least, new).copy_(rows)
+    elif new >= _MANY_TOKENS:
+        for cache, rows in pairs:
+            for part, length, its in zip(cache.unbind(), lengths, rows.unbind(), strict=True):
+                part.narrow(1, length, new).copy_(its)
+    else:
+        entry, at = torch.arange(len(lengths)), a.lengths.long()
+        if new > 1:
+            entry, at = entry[:, None], at[:, None] + torch.arange(new)
+        for cache, rows in pairs:
+            its = rows.transpose(1, 2).to(cache.dtype)
+            cache.transpose(1, 2).index_put_((entry, at), its if new > 1 else its.squeeze(1))
+    return a.lengths + new
+
+
 def _by_reference(a: Append) -> Tensor:
     return reference.append_to_cache(*a)
 
@@ -63,7 +94,7 @@ append_op = define_op(
     _new_lengths,
     (
         Candidate("triton", _by_triton, _triton_rejects),
-        Candidate("torch", _by_reference),
+        Candidate("torch", _by_torch),
         Candidate("reference", _by_reference),
     ),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import functional
 from ..random import keep_mask, keep_scale
+from . import append_to_cache
 from .operators import FLOATING, Case, Operator, Problem
 
 #: fp64 has no better oracle than torch's own fp64, so it has the features alone, not the shapes.
@@ -434,12 +435,15 @@ _DROP_IN = (
 _ROWS = ("query", "key", "value", "mask", "key_lengths", "alibi_slopes", "output", "lse")
 
 #: A bias and packed sequences apart from the rest: there a batch cannot be cut in two.
-OPERATORS = tuple(
-    Operator(name, "attention", "_attention_fwd", make, ours, theirs, cases, rows)
-    for name, ours, theirs, cases, rows in (
-        ("attention", attention, torch_attention, _PLAIN, _ROWS),
-        ("attention_bias", attention, torch_attention, _BIASED, ()),
-        ("attention_packed", attention, torch_attention, _PACKED, ()),
-        ("scaled_dot_product_attention", _sdpa, _torch_sdpa, _DROP_IN, ()),
-    )
+OPERATORS = (
+    *(
+        Operator(name, "attention", "_attention_fwd", make, ours, theirs, cases, rows)
+        for name, ours, theirs, cases, rows in (
+            ("attention", attention, torch_attention, _PLAIN, _ROWS),
+            ("attention_bias", attention, torch_attention, _BIASED, ()),
+            ("attention_packed", attention, torch_attention, _PACKED, ()),
+            ("scaled_dot_product_attention", _sdpa, _torch_sdpa, _DROP_IN, ()),
+        )
+    ),
+    append_to_cache.OPERATOR,
 )

@@ -36,6 +36,7 @@ class Problem:
             differentiated.
         differentiable: the arguments whose gradients are wanted.
         summed: arguments whose gradient is a sum over that many terms (see :func:`error_ratio`).
+        written: arguments that a call writes in place; :func:`run` hands out copies of them.
     """
 
     arguments: dict[str, Tensor | None]
@@ -43,6 +44,7 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     summed: dict[str, int] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with every floating tensor converted."""
@@ -151,6 +153,9 @@ def run(function: Function, problem: Problem, *, gradients: bool = True) -> dict
     The torch generator is seeded first, so that a function that draws a seed draws the same one.
     """
     torch.manual_seed(0)
+    if problem.written:
+        copies = {name: _copy(problem.arguments[name]) for name in problem.written}
+        problem = replace(problem, arguments={**problem.arguments, **copies})
     if not gradients or not problem.differentiable:
         with torch.no_grad():
             return dict(function(**problem.arguments, **problem.options))
@@ -165,6 +170,16 @@ def run(function: Function, problem: Problem, *, gradients: bool = True) -> dict
     )
     named = {f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {**{name: output.detach() for name, output in outputs.items()}, **named}
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    """In memory of its own, with the same strides, gaps between rows included."""
+    if tensor is None:
+        return None
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return copy.copy_(tensor)
 
 
 @dataclass(frozen=True)
