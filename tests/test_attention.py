@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import Tensor
 
 import fastseq
 from fastseq import functional
+from fastseq.backends import recorded
+from fastseq.functional.attention import prepared
 from fastseq.ops import attention_blockwise as blockwise
 from fastseq.testing import BOUND, OPERATORS, Case, make_problem, measure_torch, run
 from fastseq.testing.attention import OPERATORS as FAMILY
+from fastseq.testing.attention import torch_attention
 from fastseq.testing.check import check
 
 NAMES = [operator.name for operator in FAMILY]
@@ -61,6 +65,38 @@ def test_other_candidates(name: str, dtype: torch.dtype) -> None:
         expect_pass(name, backend, dtype, cases(name, tiny=True, quick=True))
     if dtype != torch.float64 and name == "scaled_dot_product_attention":
         expect_pass(name, "cpu", dtype, cases(name, tiny=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_plain_calls_run_torchs_flash_kernel(dtype: torch.dtype) -> None:
+    """Without lse, whose gradient it does not have; in 16 bits its backward is for long rows."""
+
+    def only_output(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **arguments: {"output": function(**arguments)["output"]}
+
+    operator = replace(
+        OPERATORS["attention"],
+        ours=lambda **arguments: {"output": attention(**arguments)},
+        torch=only_output(torch_attention),
+    )
+    names = ("plain", "causal", "groups", "cross", "transposed", "rows apart", "scale", "113 x 203")
+    backward = "torch" if dtype.itemsize > 2 else "cpu"
+    for case in cases("attention", tiny=False):
+        if case.name in names and dtype in case.dtypes:
+            outcome = check(operator, "auto", dtype, case, CPU)
+            assert not outcome.failures, (case.name, outcome.failures)
+            assert outcome.ran == {"_attention_fwd": "torch", "_attention_bwd": backward}
+            problem = make_problem(operator, case.sizes, dtype, CPU)
+            arguments, _ = prepared("attention", **problem.arguments, **problem.options)
+            with torch.no_grad():
+                torch.library.opcheck(
+                    torch.ops.fastseq._attention_fwd.default,
+                    tuple(arguments),
+                    test_utils=("test_schema", "test_faketensor"),
+                )
+                with recorded() as decisions:
+                    attention(**problem.arguments, **problem.options)
+            assert [d.op for d in decisions] == ["attention"]  # with nothing to record, no op
 
 
 def expect_near(name: str, backend: str, dtype: torch.dtype, case: Case) -> None:
@@ -268,7 +304,7 @@ def test_a_large_delta_costs_no_precision(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("kind", ["mask", "bias", "causal", "key_lengths", "packed"])
 def test_what_is_not_seen_leaks_nothing(backend: str, kind: str) -> None:
     """NaN and Inf in keys and values that are not seen, and in gradients of those that see none."""

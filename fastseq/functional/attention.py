@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import note
 from ..ops.attention import AttentionFunction, Forward, forward_op
 from ..random import draw_seed
 from ..reference import attention as reference
+from ._attention_by_torch import torch_serves
 from ._attention_checks import (
     Window,
     validate_packed,
@@ -21,6 +23,7 @@ from ._attention_checks import (
     validated_window,
 )
 from ._dispatch import is_transformed, records_gradient
+from .softmax import ALIGNMENTS
 
 
 def attention(
@@ -102,6 +105,12 @@ def attention(
     Attention Sinks", 2024.
     """
     query, key, value, bias = autocast(query, key, value, bias)
+    plain = not (return_lse or dropout_p) and softcap is None and window is None
+    plain = plain and alibi_slopes is None and sinks is None and key_lengths is None
+    if plain and bias is None and cu_seqlens_q is None and cu_seqlens_k is None:
+        made = _by_torch(query, key, value, mask, causal, causal_alignment, scale)
+        if made is not None:
+            return made
     output, lse = attention_and_lse(
         "attention",
         query,
@@ -123,6 +132,31 @@ def attention(
         key_lengths=key_lengths,
     )
     return (output, lse) if return_lse else output
+
+
+def _by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    alignment: str,
+    scale: float | None,
+) -> Tensor | None:
+    """What :func:`torch_serves` has torch do; not with gradients, which nothing could be taken of
+    again."""
+    if records_gradient(query, key, value) or (mask is not None and mask.dtype != torch.bool):
+        return None
+    if causal and alignment != "top_left":
+        return None
+    grouped = query.dim() == key.dim() == 4 and query.shape[1] != key.shape[1]
+    reason = torch_serves(query, key, value, mask, 0.0, causal, grouped)
+    if reason is None or alignment not in ALIGNMENTS:
+        return None
+    note("attention", "torch", reason)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def attention_and_lse(

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import current_backend, note
-from ..ops.attention import DECODE_ROWS
-from ..ops.attention_blockwise import all_finite
-from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient
+from ..backends import note
+from ._attention_by_torch import torch_serves
+from ._dispatch import is_foreign
 from .attention import attention_and_lse, autocast
 
 
@@ -65,7 +64,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    if reason := _torch_serves(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    if reason := torch_serves(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         note(name, "torch", reason)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -87,77 +86,6 @@ def scaled_dot_product_attention(
         grouped=enable_gqa,
     )[0]
     return output[0] if matrices else output
-
-
-#: Elements of a key cache from which our decoding is ahead, its way through Python included.
-_DECODE_ELEMENTS = 1 << 17
-#: Scores up to which the CPU's caches hold all of them and torch's operations on the whole are the
-#: quickest, without and with gradients. One core of an AVX-512 EPYC: 0.9 and 1.2 of torch at 64 and
-#: 256 thousand without; 0.4 to 0.8 below a million with, 1.0 to 1.2 there.
-_SMALL = (1 << 17, 1 << 20)
-
-
-def _torch_serves(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    causal: bool,
-    grouped: bool,
-) -> str | None:
-    """Why torch's own call is the best there is, or None.
-
-    On the CPU its flash kernel runs at the rate of the GEMMs, forward and backward, where it runs.
-    """
-    if not query.is_cpu or current_backend() != "auto" or torch.compiler.is_compiling():
-        return None
-    if is_transformed() or dropout_p or (mask is not None and causal):
-        return None
-    if not _fits(query, key, value, mask, grouped):
-        return None
-    records = records_gradient(query, key, value, mask)
-    few = query.shape[2] * query.shape[1] // key.shape[1] <= DECODE_ROWS
-    if few and key.numel() >= _DECODE_ELEMENTS and query.dtype != torch.float64 and not records:
-        return None  # decoding: ours reads the cache at the memory's rate
-    if (mask is not None or causal) and not all_finite(key, value):
-        return None  # in torch's, NaN that is masked out comes through
-    flash = query.shape[-1] == value.shape[-1] and key.shape == value.shape
-    flash = flash and all(t.stride(-1) == 1 for t in (query, key, value))
-    if mask is not None:
-        flash = flash and not mask.requires_grad and mask.dim() in (2, 4) and 0 not in mask.stride()
-    if flash:
-        return "its flash kernel serves the call"
-    if query.numel() // query.shape[-1] * key.shape[2] < _SMALL[records]:
-        return "so small that all scores stay in the cache"
-    return None
-
-
-def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool) -> bool:
-    """Whether these are the plain shapes and dtypes, with nothing empty."""
-    if not query.dim() == key.dim() == value.dim() == 4 or query.dtype not in FLOATING:
-        return False
-    if not query.dtype == key.dtype == value.dtype:
-        return False
-    if not all(t.numel() and t.is_cpu for t in (query, key, value)):
-        return False
-    same = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0]
-    if not same or query.shape[3] != key.shape[3]:
-        return False
-    if query.shape[1] != key.shape[1] and (not grouped or query.shape[1] % key.shape[1]):
-        return False
-    if mask is None:
-        return True
-    scores = (*query.shape[:3], key.shape[2])
-    return (
-        mask.dtype in (torch.bool, query.dtype)
-        and mask.is_cpu
-        and mask.dim() <= 4
-        and all(
-            size in (1, full)
-            for size, full in zip(mask.shape, scores[4 - mask.dim() :], strict=True)
-        )
-    )
 
 
 def _broadcast(

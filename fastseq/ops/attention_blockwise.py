@@ -280,7 +280,7 @@ def _careful(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
 
 def all_finite(*tensors: Tensor) -> bool:
     """Whether nothing is NaN or Inf (or adds up to it: then the careful way is not needed)."""
-    return all(bool(t.sum(dtype=compute_dtype(t.dtype)).isfinite()) for t in tensors)
+    return all(math.isfinite(t.sum(dtype=compute_dtype(t.dtype)).item()) for t in tensors)
 
 
 def _wide(x: Tensor) -> Tensor:
