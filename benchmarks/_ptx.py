@@ -57,6 +57,7 @@ class Usage:
     instructions: int
     wide_loads: int  # 16 bytes a thread, into registers or straight into shared memory
     loads: int
+    bulk_loads: int  # tiles by the copy engine (TMA), through tensor descriptors
     wide_stores: int
     stores: int
     tensor_cores: int  # matrix products: of a warp, or of a group of warps (Hopper, Blackwell)
@@ -157,6 +158,7 @@ def _read(kernel: Any) -> Usage:
         instructions=len(opcodes),
         wide_loads=_count(opcodes, r"(LDG|LDGSTS)\b.*\.128"),
         loads=_count(opcodes, r"(LDG|LDGSTS)\b"),
+        bulk_loads=_count(opcodes, r"UTMALDG\b"),
         wide_stores=_count(opcodes, r"STG\b.*\.128"),
         stores=_count(opcodes, r"STG\b"),
         tensor_cores=_count(opcodes, _PRODUCT),

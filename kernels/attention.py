@@ -61,9 +61,11 @@ from .attention_launch import (
 from .attention_tiles import (
     any_nan,
     careful_dot,
+    described,
     keep_factor,
     key_range,
     load_rows,
+    load_tile,
     scores,
     sequence_of,
     store_rows,
@@ -119,7 +121,8 @@ L2_SECTION = 24 << 20
 
 @triton.jit
 def _forward_tiles(
-    acc, m, l, seen, q, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    acc, m, l, seen, q, key, value, key_tiles, value_tiles, start, stop,
+    i0, queries, keys, shift, k_n, v_n,
     scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
     seed, first, second, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -133,7 +136,7 @@ def _forward_tiles(
         factor = scale * _LOG2_E
     for n in range(start, stop, BLOCK_N):
         j = n + tl.arange(0, BLOCK_N)
-        k = load_rows(key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
+        k = load_tile(key_tiles, key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
         x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), TF32)
         x, visible, _ = scores(
             x, i0, n, queries, keys, shift, scale, softcap, left, right,
@@ -150,7 +153,7 @@ def _forward_tiles(
         if seed is not None:  # the sum is of what there was before
             p *= keep_factor(first[:, None], second[:, None], j[None, :], threshold, keep_scale)
         acc = acc * shrink[:, None]
-        v = load_rows(value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
+        v = load_tile(value_tiles, value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
         p = rounded(p, value.dtype.element_ty)
         if CAREFUL:
             acc, seen = careful_dot(p, v, visible, acc, seen, TF32)
@@ -171,6 +174,7 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
     SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PLANE: tl.constexpr, TF32: tl.constexpr, CAREFUL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all keys they see.
 
@@ -220,7 +224,14 @@ def attention_forward_kernel(
     if CAREFUL:
         if not any_nan(load_rows(output, i0, o_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)):
             return
-    q = load_rows(query, i0, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
+    query_tiles = None
+    key_tiles = None
+    value_tiles = None
+    if DESCRIPTORS:
+        query_tiles = described(query, queries, q_m, BLOCK_M, D, BLOCK_D)
+        key_tiles = described(key, keys, k_n, BLOCK_N, D, BLOCK_D)
+        value_tiles = described(value, keys, v_n, BLOCK_N, DV, BLOCK_DV)
+    q = load_tile(query_tiles, query, i0, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # a key that has been seen already
@@ -238,7 +249,8 @@ def attention_forward_kernel(
     )
     if LEFT and not CAREFUL:
         acc, m, l, _ = _forward_tiles(
-            acc, m, l, acc, q, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
+            acc, m, l, acc, q, key, value, key_tiles, value_tiles, start, full_start,
+            i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,
@@ -246,8 +258,8 @@ def attention_forward_kernel(
         )  # fmt: skip
     if not CAREFUL:
         acc, m, l, _ = _forward_tiles(
-            acc, m, l, acc, q, key, value, full_start, full_stop, i0, queries, keys, shift,
-            k_n, v_n,
+            acc, m, l, acc, q, key, value, key_tiles, value_tiles, full_start, full_stop,
+            i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,
@@ -255,8 +267,8 @@ def attention_forward_kernel(
         )  # fmt: skip
         start = full_stop
     acc, m, l, seen = _forward_tiles(
-        acc, m, l, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q, key, value, start, stop,
-        i0, queries, keys, shift, k_n, v_n,
+        acc, m, l, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q, key, value, key_tiles, value_tiles,
+        start, stop, i0, queries, keys, shift, k_n, v_n,
         scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
         seed, first, second, threshold, keep_scale,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR, SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32,

@@ -58,9 +58,11 @@ from .attention_launch import (
 from .attention_tiles import (
     any_nan,
     careful_dot,
+    described,
     key_range,
     load_rows,
     load_statistics,
+    load_tile,
     sequence_of,
     store_rows,
     tile_gradients,
@@ -179,8 +181,8 @@ def attention_delta_kernel(
 
 @triton.jit
 def _kv_tiles(
-    dk, dv, seen_k, seen_v, k, v, query, grad_output, lse, delta, row, start, stop, j0,
-    queries, keys, shift, q_m, g_m, scale, softcap, left, right,
+    dk, dv, seen_k, seen_v, k, v, query, grad_output, query_tiles, grad_tiles, lse, delta, row,
+    start, stop, j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
     bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, VECTOR: tl.constexpr, SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -191,7 +193,7 @@ def _kv_tiles(
     N: tl.constexpr = k.shape[0]
     for m in range(start, stop, BLOCK_M):
         i = m + tl.arange(0, BLOCK_M)
-        q = load_rows(query, m, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
+        q = load_tile(query_tiles, query, m, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
         l, d = load_statistics(lse, delta, i, queries)
         first = None
         second = None
@@ -211,7 +213,7 @@ def _kv_tiles(
         if seed is not None:
             dropped = p * keep
         dropped = rounded(dropped, grad_output.dtype.element_ty)
-        g = load_rows(grad_output, m, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
+        g = load_tile(grad_tiles, grad_output, m, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
         if CAREFUL:
             dv, seen_v = careful_dot(dropped, g, visible, dv, seen_v, TF32)
         else:
@@ -238,6 +240,7 @@ def attention_kv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
     SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PLANE: tl.constexpr, TF32: tl.constexpr, CAREFUL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, from all queries that see them."""
     key_heads = heads // group
@@ -298,6 +301,11 @@ def attention_kv_kernel(
         h = head64 * group + g
         q_head = query + storage_b * q_b + h * q_h + (zero + first_q) * q_m
         g_head = grad_output + storage_b * g_b + h * g_h + (zero + first_q) * g_m
+        query_tiles = None
+        grad_tiles = None
+        if DESCRIPTORS:
+            query_tiles = described(q_head, queries, q_m, BLOCK_M, D, BLOCK_D)
+            grad_tiles = described(g_head, queries, g_m, BLOCK_M, DV, BLOCK_DV)
         row = (storage_b * heads + h) * total_q + first_q
         bias_head = bias
         mask_head = mask
@@ -310,18 +318,18 @@ def attention_kv_kernel(
             slope = tl.load(slopes + b * slopes_b + h).to(tl.float32)
         if CAREFUL:
             dk, dv, seen_k, seen_v = _kv_tiles(
-                dk, dv, seen_k, seen_v, k, v, q_head, g_head, lse + row, delta + row, row,
-                start, stop,
-                j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
+                dk, dv, seen_k, seen_v, k, v, q_head, g_head, query_tiles, grad_tiles,
+                lse + row, delta + row, row, start, stop, j0, queries, keys, shift, q_m, g_m,
+                scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, True,
             )  # fmt: skip
         if RIGHT and not CAREFUL:
             dk, dv, _, _ = _kv_tiles(
-                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row,
-                start, full_start,
-                j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
+                dk, dv, dk, dv, k, v, q_head, g_head, query_tiles, grad_tiles,
+                lse + row, delta + row, row, start, full_start, j0, queries, keys, shift, q_m, g_m,
+                scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, False,
@@ -329,8 +337,8 @@ def attention_kv_kernel(
         # Queries past the end are read as 0, with base +Inf: nobody has to ask for them.
         if not CAREFUL:
             dk, dv, _, _ = _kv_tiles(
-                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row,
-                full_start, full_stop,
+                dk, dv, dk, dv, k, v, q_head, g_head, query_tiles, grad_tiles,
+                lse + row, delta + row, row, full_start, full_stop,
                 j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
@@ -338,8 +346,9 @@ def attention_kv_kernel(
             )  # fmt: skip
         if LEFT and not CAREFUL:
             dk, dv, _, _ = _kv_tiles(
-                dk, dv, dk, dv, k, v, q_head, g_head, lse + row, delta + row, row, full_stop, stop,
-                j0, queries, keys, shift, q_m, g_m, scale, softcap, left, right,
+                dk, dv, dk, dv, k, v, q_head, g_head, query_tiles, grad_tiles,
+                lse + row, delta + row, row, full_stop, stop, j0, queries, keys, shift, q_m, g_m,
+                scale, softcap, left, right,
                 bias_head, bias_m, bias_n, mask_head, mask_m, mask_n, slope,
                 seed, threshold, keep_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, VECTOR,
                 SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, False,
@@ -356,7 +365,8 @@ def attention_kv_kernel(
 
 @triton.jit
 def _q_tiles(
-    dq, seen, q, g, l, d, key, value, start, stop, i0, queries, keys, shift, k_n, v_n,
+    dq, seen, q, g, l, d, key, value, key_tiles, value_tiles, start, stop,
+    i0, queries, keys, shift, k_n, v_n,
     scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
     seed, first, second, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -367,8 +377,8 @@ def _q_tiles(
     """The keys of ``[start, stop)``, tile by tile, into dq."""
     M: tl.constexpr = q.shape[0]
     for n in range(start, stop, BLOCK_N):
-        k = load_rows(key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
-        v = load_rows(value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
+        k = load_tile(key_tiles, key, n, k_n, keys, BLOCK_N, D, BLOCK_D, VECTOR, BAND)
+        v = load_tile(value_tiles, value, n, v_n, keys, BLOCK_N, DV, BLOCK_DV, VECTOR, BAND)
         products = dot(q, tl.trans(k), tl.zeros([M, BLOCK_N], tl.float32), TF32)
         p, keep, t, visible = tile_weights(
             products, l[:, None], first, second,
@@ -398,6 +408,7 @@ def attention_q_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
     SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PLANE: tl.constexpr, TF32: tl.constexpr, CAREFUL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, from all keys they see."""
     program = tl.program_id(0)
@@ -437,8 +448,17 @@ def attention_q_kernel(
     if CAREFUL:
         if not any_nan(load_rows(grad_query, i0, dq_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)):
             return
-    q = load_rows(query, i0, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
-    g = load_rows(grad_output, i0, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
+    query_tiles = None
+    grad_tiles = None
+    key_tiles = None
+    value_tiles = None
+    if DESCRIPTORS:
+        query_tiles = described(query, queries, q_m, BLOCK_M, D, BLOCK_D)
+        grad_tiles = described(grad_output, queries, g_m, BLOCK_M, DV, BLOCK_DV)
+        key_tiles = described(key, keys, k_n, BLOCK_N, D, BLOCK_D)
+        value_tiles = described(value, keys, v_n, BLOCK_N, DV, BLOCK_DV)
+    q = load_tile(query_tiles, query, i0, q_m, queries, BLOCK_M, D, BLOCK_D, VECTOR, True)
+    g = load_tile(grad_tiles, grad_output, i0, g_m, queries, BLOCK_M, DV, BLOCK_DV, VECTOR, True)
     l, d = load_statistics(lse + row, delta + row, i, queries)
     first = None
     second = None
@@ -453,23 +473,25 @@ def attention_q_kernel(
     )
     if LEFT and not CAREFUL:
         dq, _ = _q_tiles(
-            dq, dq, q, g, l, d, key, value, start, full_start, i0, queries, keys, shift, k_n, v_n,
+            dq, dq, q, g, l, d, key, value, key_tiles, value_tiles, start, full_start,
+            i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, False,
         )  # fmt: skip
     if not CAREFUL:
         dq, _ = _q_tiles(
-            dq, dq, q, g, l, d, key, value, full_start, full_stop, i0, queries, keys, shift,
-            k_n, v_n,
+            dq, dq, q, g, l, d, key, value, key_tiles, value_tiles, full_start, full_stop,
+            i0, queries, keys, shift, k_n, v_n,
             scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
             seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
             SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, False, False,
         )  # fmt: skip
         start = full_stop
     dq, seen = _q_tiles(
-        dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q, g, l, d, key, value, start, stop,
-        i0, queries, keys, shift, k_n, v_n,
+        dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q, g, l, d, key, value,
+        key_tiles, value_tiles,
+        start, stop, i0, queries, keys, shift, k_n, v_n,
         scale, softcap, left, right, bias, bias_m, bias_n, mask, mask_m, mask_n, slope,
         seed, first, second, threshold, keep_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, VECTOR,
         SIMPLE, SOFTCAP, LEFT, RIGHT, PLANE, TF32, True, CAREFUL,

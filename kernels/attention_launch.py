@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime import _allocation
 
 from .common import (
     INTERPRETED,
     RowStrides,
     ceil_div,
+    device_of,
     next_power_of_2,
     shared_memory_limit,
     vector_width,
@@ -23,6 +28,11 @@ Statistics = tuple[Tensor, Tensor]
 
 # --- launch configurations -----------------------------------------------------------------------
 
+#: Whether tiles are brought by the copy engine (TMA), where the architecture has one and it takes
+#: the rows (:func:`describable`). Not by default: no clock has seen it, only its code, which is the
+#: shorter (docs/attention-kernels.md has the figures).
+DESCRIPTORS = os.environ.get("FASTSEQ_DESCRIPTORS") == "1"
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -30,13 +40,15 @@ class Launch:
 
     It depends on head_dim, dtype and architecture alone, so a row's result does not depend on the
     batch it comes in. The figures are from the generated code (``tests/codegen``) and what others
-    have measured on H100 with the same compiler, not yet from a clock.
+    have measured on H100 with the same compiler, not yet from a clock. ``descriptors``: tiles come
+    through tensor descriptors, to the same bits; ``FASTSEQ_DESCRIPTORS=1`` sets it for a process.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = DESCRIPTORS
 
     @property
     def options(self) -> dict[str, int]:
@@ -79,6 +91,39 @@ def row_vector(width: int, *tensors: Tensor) -> int:
         RowStrides(None, None, stride) for tensor in tensors for stride in strides_of(tensor, 3)
     ]
     return vector_width(width, strides, *tensors)
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can have rows of these: what they are made of, addresses and
+    strides, must be multiples of 16 bytes, and the architecture Hopper or later."""
+    if device_of(tensors[0]).architecture < 90:
+        return False
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.shape[2] > 1
+        and tensor.stride(2) > 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        for tensor in tensors
+    )
+
+
+@contextmanager
+def descriptor_memory(tensor: Tensor) -> Iterator[None]:
+    """Inside, Triton finds the memory of a launch's descriptors, 128 bytes each for every program.
+
+    The caller's allocator is Triton's again behind it. Like all of Triton's it is the thread's own,
+    and autograd runs backward on other threads: so it is set for each launch.
+    """
+    previous = _allocation._allocator.get()
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=tensor.device)
+
+    triton.set_allocator(allocate)
+    try:
+        yield
+    finally:
+        triton.set_allocator(previous)
 
 
 def block_of(width: int) -> int:
@@ -209,21 +254,24 @@ def tile_kernel(
         block = launch.block_n if of_keys else launch.block_m
         sequences, tiles, block_b = tile_count(a, block, length, starts)
         programs = tiles * (key_heads if of_keys else heads) * (1 if starts is not None else batch)
-        kernel[(programs,)](
-            *arguments,
-            *(sequences, tiles, *extra),
-            *scalars_of(a),
-            D=d,
-            DV=dv,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_D=block_of(d),
-            BLOCK_DV=block_of(dv),
-            BLOCK_B=block_b,
-            VECTOR=row_vector(d | dv, *rows),
-            CAREFUL=careful,
-            **terms_of(a),
-            **launch.options,
-        )
+        described = launch.descriptors and not careful and describable(*rows)
+        with descriptor_memory(a.query) if described else nullcontext():
+            kernel[(programs,)](
+                *arguments,
+                *(sequences, tiles, *extra),
+                *scalars_of(a),
+                D=d,
+                DV=dv,
+                BLOCK_M=launch.block_m,
+                BLOCK_N=launch.block_n,
+                BLOCK_D=block_of(d),
+                BLOCK_DV=block_of(dv),
+                BLOCK_B=block_b,
+                VECTOR=row_vector(d | dv, *rows),
+                CAREFUL=careful,
+                DESCRIPTORS=described,
+                **terms_of(a),
+                **launch.options,
+            )
 
     return run

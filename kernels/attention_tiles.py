@@ -63,6 +63,28 @@ def load_rows(
 
 
 @triton.jit
+def described(pointer, rows, stride, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tensor descriptor of rows of D elements, by tiles ``[N, BLOCK_D]``: the copy engine (TMA)
+    then makes the addresses, and 0 of what is past the last of the ``rows`` or past D."""
+    return tl.make_tensor_descriptor(pointer, [rows, D], [stride, 1], [N, BLOCK_D])
+
+
+@triton.jit
+def load_tile(
+    tiles, pointer, first, stride, rows, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_rows`, through ``tiles`` if that is a descriptor of them and not None."""
+    if tiles is not None:
+        x = tiles.load([first, 0])
+        if _INTERPRETED:
+            x = x.to(tl.float32)
+    else:
+        x = load_rows(pointer, first, stride, rows, N, D, BLOCK_D, VECTOR, CHECKED)
+    return x
+
+
+@triton.jit
 def store_rows(
     pointer, first, stride, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
 ):

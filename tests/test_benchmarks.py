@@ -420,7 +420,7 @@ def test_the_hottest_loop_is_found_and_bounded():
     assert not _ptx._innermost(straight)
     assert _ptx._loop([opcode for _, opcode, _ in straight], warps=4).bytes == 16 + 16 + 2 + 16
 
-    kernel = _ptx.Usage("kernel", 256, *[0] * 12, loop)
+    kernel = _ptx.Usage("kernel", 256, *[0] * 13, loop)
     bounds = roofline.estimate(kernel, 90)
     assert bounds.issue == 5 * 8 / 4
     assert bounds.special == 256 / 16

@@ -89,11 +89,13 @@ def test_nothing_spills(usages):
 
 #: The most local accesses a loop has, of kernels that are at the limit of their registers: rows of
 #: 8192 with a residual (11 of 600 instructions) and decoding within a window (7 of 785) on
-#: Blackwell, head_dim 128 on an A100.
+#: Blackwell, head_dim 128 on an A100, most of all packed (9 of some 700).
 IN_LOOPS = {
     "sm_100 backward_kernel: add_layer_norm backward": 11,
     "sm_100 attention_chunk_kernel: attention decode window": 7,
     "sm_80 attention_forward_kernel: attention forward": 3,
+    "sm_80 attention_forward_kernel: attention forward packed": 9,
+    "sm_80 attention_forward_kernel: attention forward descriptors packed": 9,
 }
 
 
@@ -117,6 +119,24 @@ def test_accesses_are_wide_and_products_on_tensor_cores(usages):
         return usage["wide_loads"] >= loads and usage["wide_stores"] >= stores
 
     assert not _offenders(usages, holds)
+
+
+def test_descriptors_bring_tiles_by_the_copy_engine(usages):
+    """From Hopper on, into the same products, with no fewer tensor cores than pointers have."""
+    if not any("descriptors" in usage["key"] for usage in usages):
+        pytest.skip("no such kernels in this family")
+    tiles = ("attention_forward_kernel", "attention_kv_kernel", "attention_q_kernel")
+    by_pointers = {usage["key"]: usage for usage in reversed(usages)}  # the first of a key
+    for usage in reversed(usages):
+        if "descriptors" not in usage["key"] or usage["kernel"] not in tiles:
+            continue
+        described = by_pointers[usage["key"]]
+        assert (described["bulk_loads"] > 0) == (usage["architecture"] >= 90), usage["key"]
+        pointers = by_pointers.get(usage["key"].replace(" descriptors", ""))
+        if pointers is not None and usage["architecture"] >= 90:
+            assert described["wide_loads"] < pointers["wide_loads"], usage["key"]
+            assert described["tensor_cores"] == pointers["tensor_cores"], usage["key"]
+            assert described["local_accesses"] <= pointers["local_accesses"], usage["key"]
 
 
 def test_registers_are_not_above_the_recorded_figure(usages):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -38,6 +41,12 @@ _FULL = [
     ("bias", "bf16", 64),
     ("dropout", "bf16", 128),
     ("window", "bf16", 64),
+    ("packed", "bf16", 128),
+]
+#: Of these also what tensor descriptors make of them.
+_DESCRIBED = [
+    ("plain", "bf16", 64),
+    ("causal", "bf16", 128),
     ("packed", "bf16", 128),
 ]
 _QUICK = [("plain", "bf16", 64), ("causal", "bf16", 128)]
@@ -92,6 +101,23 @@ def _backward(dtype: torch.dtype, d: int, **kind: Any) -> None:
     attention_backward.backward(backward, *grads, grad_bias)
 
 
+def _described(call: Callable[[], None]) -> None:
+    """With tensor descriptors, where the architecture has them; see FASTSEQ_DESCRIPTORS."""
+
+    def on(launch: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: replace(launch(*arguments), descriptors=True)
+
+    names = (
+        (attention, "forward_launch"),
+        (attention_backward, "kv_launch"),
+        (attention_backward, "q_launch"),
+    )
+    with ExitStack() as stack:
+        for module, name in names:
+            stack.enter_context(patch.object(module, name, on(getattr(module, name))))
+        call()
+
+
 def _decode(dtype: torch.dtype, d: int, **bounds: int) -> None:
     a = _arguments(dtype, d, **bounds)
     cache = torch.empty(1, 2, 4096, d, dtype=dtype)
@@ -112,6 +138,11 @@ def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for direction, call in (("forward", _forward), ("backward", _backward)):
             label = f"attention {direction} {kind} {name} {d}"
             yield label, partial(call, DTYPES[name], d, **KINDS[kind])
+    for kind, name, d in _DESCRIBED if full else _DESCRIBED[:1]:
+        for direction, call in (("forward", _forward), ("backward", _backward)):
+            label = f"attention {direction} descriptors {kind} {name} {d}"
+            plain = partial(call, DTYPES[name], d, **KINDS[kind])
+            yield label, partial(_described, plain)
     for name, d in (("bf16", 64), ("bf16", 128), ("fp32", 128)) if full else (("bf16", 128),):
         yield f"attention decode {name} {d}", partial(_decode, DTYPES[name], d)
         window = {"window_left": 1000, "window_right": 0}
@@ -128,6 +159,8 @@ def expects(kernel: str, label: str) -> set[str]:
     if kernel in ("attention_bias_kernel", "attention_chunk_kernel"):
         return {"wide_loads"} | ({"tensor_cores"} if "fp32" not in label else set())
     wide = {"wide_loads", "wide_stores"}
+    if "descriptors" in label:
+        return {"tensor_cores", "wide_stores"}  # and by test_descriptors what must be on Hopper
     if kernel == "append_to_cache_kernel":
         return wide
     return wide if "fp32" in label else {*wide, "tensor_cores"}
