@@ -46,6 +46,7 @@ CPU_KERNELS = [
     "attention",
     "recurrent",
     "feed_forward",
+    "embedding",
 ]
 # No fusing of products and sums where the compiler likes, which is not the same in every loop and
 # would make a row's result depend on its batch: these files say fma() where they want one.

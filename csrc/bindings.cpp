@@ -4,6 +4,7 @@
 #include "bindings/additive_attention.h"
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/embedding.h"
 #include "bindings/feed_forward.h"
 #include "bindings/layer_norm.h"
 #include "bindings/recurrent.h"
@@ -81,6 +82,13 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def(
       "feed_forward_backward(Tensor grad, Tensor hidden, Tensor? bias, Tensor? seed, "
       "int activation, int threshold, float scale, int wanted) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "embedding_forward(Tensor token, Tensor position, Tensor? segment, Tensor ids, Tensor? "
+      "positions, Tensor? segments, int offset, int length, float scale, Tensor? seed, "
+      "int threshold, float keep_scale) -> (Tensor, int, int)");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor? keys, int offset, int length, int rows, int skip, "
+      "float scale, Tensor? seed, int threshold, float keep_scale) -> Tensor");
   m.def("additive_attention_scores(Tensor query, Tensor key, Tensor weight) -> Tensor");
   m.def(
       "additive_attention_gradients(Tensor grad_scores, Tensor query, Tensor key, Tensor weight) "
@@ -131,6 +139,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("rotary_embedding", TORCH_BOX(&fastseq::rotary_embedding_cpu));
   m.impl("feed_forward_forward", TORCH_BOX(&fastseq::feed_forward_forward_cpu));
   m.impl("feed_forward_backward", TORCH_BOX(&fastseq::feed_forward_backward_cpu));
+  m.impl("embedding_forward", TORCH_BOX(&fastseq::embedding_forward_cpu));
+  m.impl("embedding_backward", TORCH_BOX(&fastseq::embedding_backward_cpu));
   m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cpu));

@@ -34,7 +34,7 @@ def quick(operator: Operator, dtype: torch.dtype = torch.float32) -> list[Proble
 
 
 class Recorder:
-    """Collects the arguments that private ops are called with."""
+    """Collects the arguments that private ops are called with, where the backend serves them."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[object, ...]]] = []
@@ -46,10 +46,11 @@ class Recorder:
 
         class Listen(TorchDispatchMode):
             def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                result = op(*args, **(kwargs or {}))
                 if op.namespace == "fastseq":
                     plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
                     calls.append((op.name().removeprefix("fastseq::"), plain))
-                return op(*args, **(kwargs or {}))
+                return result
 
         return Listen()
 

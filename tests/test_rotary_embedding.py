@@ -122,20 +122,23 @@ def test_sinusoidal(d_model: int) -> None:
     assert module(zero.bfloat16()).dtype == torch.bfloat16
 
 
-def test_learned_and_tokens() -> None:
-    both = fastseq.nn.TokenPositionEmbedding(11, 8, 6, padding_idx=0, scale=2.0)
-    ids = torch.randint(1, 11, (3, 5))
-    token, position = both.token.weight, both.position.weight
-    expected = 2.0 * token[ids] + position[:5]
-    output = both(ids)
-    torch.testing.assert_close(output, expected)
-    assert torch.equal(both(ids[:, 3:], offset=3), output[:, 3:])
-    grad = torch.randn_like(output)
-    ours = torch.autograd.grad(output, (token, position), grad)
-    theirs = torch.autograd.grad(expected, (token, position), grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-    assert set(both.state_dict()) == {"token.weight", "position.weight"}
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_positions_are_rows_of_the_table(kind: str) -> None:
+    if kind == "learned":
+        module: nn.Module = fastseq.nn.LearnedPositionalEncoding(20, 6)
+    else:
+        module = fastseq.nn.SinusoidalPositionalEncoding(6, 20)
+    x = torch.randn(3, 5, 6)
+    positions = torch.randint(0, 20, (3, 5))
+    table = module.weight if kind == "learned" else module.table
+    torch.testing.assert_close(module(x, positions=positions), x + table[positions])
+    torch.testing.assert_close(module(x, positions=positions[0]), x + table[positions[0]])
+    torch.testing.assert_close(module(x, offset=4), x + table[4:9])
+    module.batch_first = False
+    x = x.transpose(0, 1)
+    for given in (positions.mT, positions[0][:, None]):
+        assert torch.equal(module(x, positions=given), x + table[given])
+    assert torch.equal(module(x, positions=positions[0]), x + table[positions[0]][:, None])
 
 
 def test_dropout_in_training_only() -> None:

@@ -7,7 +7,8 @@
 #define FASTSEQ_KERNELS(isa)                                                              \
   InstructionSet {                                                                        \
     #isa, &isa::layer_norm, &isa::cross_entropy, &isa::softmax, &isa::additive_attention, \
-        &isa::rotary_embedding, &isa::attention, &isa::recurrent, &isa::feed_forward      \
+        &isa::rotary_embedding, &isa::attention, &isa::recurrent, &isa::feed_forward,     \
+        &isa::embedding                                                                   \
   }
 
 namespace fastseq {

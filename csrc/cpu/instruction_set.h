@@ -4,6 +4,7 @@
 #include "additive_attention.h"
 #include "attention.h"
 #include "cross_entropy.h"
+#include "embedding.h"
 #include "feed_forward.h"
 #include "layer_norm.h"
 #include "recurrent.h"
@@ -22,6 +23,7 @@ struct InstructionSet {
   const AttentionCpu* attention;
   const RecurrentCpu* recurrent;
   const FeedForwardCpu* feed_forward;
+  const EmbeddingCpu* embedding;
 };
 
 // The widest the machine has; FASTSEQ_CPU_ISA=avx512|avx2|generic asks for less (tests do).

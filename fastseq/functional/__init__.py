@@ -5,6 +5,7 @@ from .append_to_cache import append_to_cache
 from .attention import attention
 from .attention_weights import attention_weights
 from .cross_entropy import cross_entropy
+from .embedding import token_position_embedding
 from .feed_forward import feed_forward
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -39,4 +40,5 @@ __all__ = [
     "sample",
     "scaled_dot_product_attention",
     "softmax",
+    "token_position_embedding",
 ]

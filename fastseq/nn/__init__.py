@@ -5,13 +5,10 @@ import torch
 from .additive_attention import AdditiveAttention
 from .attention import MultiheadAttention
 from .cross_entropy import CrossEntropyLoss
+from .embedding import TokenPositionEmbedding
 from .feed_forward import FeedForward
 from .layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
-from .positional import (
-    LearnedPositionalEncoding,
-    SinusoidalPositionalEncoding,
-    TokenPositionEmbedding,
-)
+from .positional import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from .recurrent import (
     GRU,
     LSTM,

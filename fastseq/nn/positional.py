@@ -1,8 +1,6 @@
-"""Positional encodings that are added: sinusoidal, learned, with the tokens' embedding."""
+"""Positional encodings that are added: sinusoidal and learned."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +21,9 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         dropout: probability of zeroing an element of the sum, in training.
         batch_first: whether the length is the dimension before the last of ``[B, L, d_model]``, or
             the first of ``[L, B, d_model]``; ``[L, d_model]`` is either.
+
+    Called with ``input``, and the ``offset`` of its first position or ``positions`` (``[L]`` or a
+    position for each row).
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
     """
@@ -47,8 +48,8 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         table = table.to(device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
-        return _add_positions(self, input, self.table, offset)
+    def forward(self, input: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        return _add_positions(self, input, self.table, offset, positions)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, max_len={self.max_len}, dropout={self.dropout}"
@@ -59,7 +60,7 @@ class LearnedPositionalEncoding(torch.nn.Module):
 
     Args:
         max_len: positions of ``weight [max_len, d_model]``, drawn from N(0, 0.02^2).
-        d_model, dropout, batch_first: as :class:`SinusoidalPositionalEncoding`.
+        d_model, dropout, batch_first: as :class:`SinusoidalPositionalEncoding`, and so the call.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class LearnedPositionalEncoding(torch.nn.Module):
     def reset_parameters(self) -> None:
         torch.nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, input: Tensor, offset: int = 0) -> Tensor:
-        return _add_positions(self, input, self.weight, offset)
+    def forward(self, input: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        return _add_positions(self, input, self.weight, offset, positions)
 
     def extra_repr(self) -> str:
         return f"{self.max_len}, {self.d_model}, dropout={self.dropout}"
@@ -92,17 +93,22 @@ def _add_positions(
     input: Tensor,
     table: Tensor,
     offset: int,
+    positions: Tensor | None,
 ) -> Tensor:
     name = type(module).__name__
-    if input.dim() not in (2, 3) or input.shape[-1] != module.d_model:
+    if input.dim() < 2 or input.shape[-1] != module.d_model:
         raise RuntimeError(
-            f"{name}: input must be [L, {module.d_model}] or have a batch dimension, "
-            f"got {list(input.shape)}"
+            f"{name}: input must be [*, L, {module.d_model}], got {list(input.shape)}"
         )
     sequence_first = input.dim() == 3 and not module.batch_first
-    rows = _rows_of(name, table, input.shape[0] if sequence_first else input.shape[-2], offset)
-    output = input + (rows[:, None] if sequence_first else rows).to(input.dtype)
-    return F.dropout(output, module.dropout, module.training)
+    if positions is None:
+        length = input.shape[0] if sequence_first else input.shape[-2]
+        rows = _rows_of(name, table, length, offset)
+    else:
+        rows = F.embedding(positions, table)
+    if sequence_first and rows.dim() == 2:
+        rows = rows[:, None]
+    return F.dropout(input + rows.to(input.dtype), module.dropout, module.training)
 
 
 def _rows_of(name: str, table: Tensor, length: int, offset: int) -> Tensor:
@@ -112,48 +118,3 @@ def _rows_of(name: str, table: Tensor, length: int, offset: int) -> Tensor:
             f"{table.shape[0]}"
         )
     return table[offset : offset + length]
-
-
-class TokenPositionEmbedding(torch.nn.Module):
-    r"""Token and position embedding in one: ``dropout(scale * token[ids] + position)``.
-
-    Args:
-        num_embeddings, d_model, padding_idx: as :class:`torch.nn.Embedding`.
-        max_len: the most positions.
-        dropout: probability of zeroing an element of the sum, in training.
-        scale: of the tokens' rows; the Transformer has :math:`\sqrt{d\_model}`, GPT 1.
-
-    Attributes:
-        token: ``torch.nn.Embedding(num_embeddings, d_model, padding_idx)``.
-        position: :class:`LearnedPositionalEncoding`.
-
-    Shape:
-        ids ``[B, L]`` or ``[L]``, int64 -> ``[B, L, d_model]`` or ``[L, d_model]``.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        d_model: int,
-        max_len: int,
-        padding_idx: int | None = None,
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.token = torch.nn.Embedding(
-            num_embeddings, d_model, padding_idx, device=device, dtype=dtype
-        )
-        self.position = LearnedPositionalEncoding(
-            max_len, d_model, dropout, device=device, dtype=dtype
-        )
-        self.scale = scale
-
-    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
-        tokens = self.token(ids)
-        return self.position(tokens if self.scale == 1.0 else tokens * self.scale, offset)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}" if not math.isclose(self.scale, 1.0) else ""

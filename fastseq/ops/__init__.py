@@ -3,6 +3,7 @@
 from . import additive_attention as additive_attention
 from . import attention as attention
 from . import cross_entropy as cross_entropy
+from . import embedding as embedding
 from . import feed_forward as feed_forward
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy

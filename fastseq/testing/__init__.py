@@ -13,6 +13,7 @@ FAMILIES = (
     "additive_attention",
     "attention",
     "cross_entropy",
+    "embedding",
     "feed_forward",
     "layer_norm",
     "recurrent",
