@@ -1,6 +1,7 @@
 """Every example runs as a user would run it. Each asserts what it shows."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,11 @@ def test_there_are_examples():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path, tmp_path):
     options = () if path.stem in SMALL else ("--quick", "--out", str(tmp_path))
-    assert "difference" in run(path, *options)
+    output = run(path, *options)
+    assert "difference" in output
+    if path.stem not in SMALL:  # a bar that got to its end, and the time of a step
+        assert "━━━━" in output
+        assert "ms a step" in output
     picture = {"translate_recurrent": "attention.png", "masked_autoencoder": "imagined.png"}
     assert [file.name for file in tmp_path.iterdir()] == [
         name for stem, name in picture.items() if stem == path.stem
@@ -60,7 +65,11 @@ def test_example_runs(path, tmp_path):
     "path", [path for path in EXAMPLES if path.stem not in SMALL], ids=lambda path: path.stem
 )
 def test_example_learns(path, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "difference" in run(path, "--out", str(tmp_path))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor, which another's work does not lengthen.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -21,6 +21,8 @@ from .. import functional
 
 #: What our attention is called in the library: ``attn_implementation="fastseq"``.
 NAME = "fastseq"
+#: Of the library. Tried: 4.57.1, 5.0.0 and 5.23.0; 4.53 and 4.50 lack what is needed.
+OLDEST = "4.57"
 
 
 def register() -> None:
@@ -32,23 +34,30 @@ def register() -> None:
     attention does, none. A second call changes nothing.
 
     Raises:
-        ImportError: transformers is not installed, or older than its attention interface.
+        ImportError: transformers is not installed, or older than 4.57.
 
     Example:
         >>> import fastseq.integrations.transformers
         >>> fastseq.integrations.transformers.register()
         >>> model = AutoModel.from_config(config, attn_implementation="fastseq")  # doctest: +SKIP
     """
+    needs = f"fastseq.integrations.transformers: needs Hugging Face transformers {OLDEST} or newer"
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        import transformers
     except ImportError as error:
-        raise ImportError(
-            "fastseq.integrations.transformers: needs Hugging Face transformers with its attention "
-            f"interface (`pip install transformers`; 5.23 was tested): {error}"
-        ) from error
+        raise ImportError(f"{needs} (`pip install 'transformers>={OLDEST}'`): {error}") from error
+    if _is_too_old(transformers.PreTrainedModel):
+        raise ImportError(f"{needs}, got {transformers.__version__}")
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _is_too_old(model: Any) -> bool:
+    """Whether a class of models has no attention implementation that could be set."""
+    return not hasattr(model, "_can_set_attn_implementation")
 
 
 # --- the function --------------------------------------------------------------------------------
@@ -262,6 +271,12 @@ def _refusal(module: nn.Module, owner: Any) -> str | None:
         return (
             "there is no PreTrainedModel around it, whose implementation could be set; "
             "accelerate the whole model"
+        )
+    if _is_too_old(type(owner)):
+        version = sys.modules["transformers"].__version__
+        return (
+            f"transformers {version} is older than {OLDEST}: its attention implementation cannot "
+            "be set; upgrade it, or leave attention to it"
         )
     if not owner._can_set_attn_implementation():
         return f"{type(owner).__name__} does not let its attention implementation be set"

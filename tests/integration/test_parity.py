@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastseq
-from fastseq.explain import FASTSEQ, LEFT, SWAPPED
-from integration.models import KINDS, build
+from fastseq.explain import FASTSEQ, LEFT, SKIPPED, SWAPPED
+from integration.models import KINDS, PINNED, build
 
 pytest.importorskip("transformers")
 
@@ -62,10 +62,11 @@ def nudged(model: nn.Module, eps: float) -> nn.Module:
     return copied
 
 
-def check(
+def too_far(
     ours: dict[str, Tensor], torchs: list[dict[str, Tensor]], exact: dict[str, Tensor], eps: float
-):
-    """Largest and mean error: at most twice torch's, and some roundings of the largest value.
+) -> list[str]:
+    """Results whose largest or mean error is more than twice torch's, and some roundings of the
+    largest value.
 
     torch's is the larger of two, one with nudged parameters: a whole model's error is a single
     draw, and a rounding early on may be most of it.
@@ -74,7 +75,6 @@ def check(
     same places: eps times 32, and 4 for the mean of them. A bias is of the size of its weight: that
     of keys has a gradient of zero, summed from parts that are not.
     """
-    assert all(ours.keys() == theirs.keys() == exact.keys() for theirs in torchs)
     failures = []
     for name, truth in exact.items():
         our, *their = (results[name] - truth for results in (ours, *torchs))
@@ -87,7 +87,7 @@ def check(
             bound = 2 * max(map(measure, their)) + roundings * eps * size
             if not measure(our) <= bound:
                 failures.append(f"{name}: {kind} error {measure(our):.2e}, allowed {bound:.2e}")
-    assert not failures, "\n".join(failures)
+    return failures
 
 
 #: What runs in `make test`: without dropout, eval and training differ in torch's fast paths alone.
@@ -120,14 +120,15 @@ def test_same_numbers_as_torch(name: str, training: bool, autocast: bool) -> Non
         with fastseq.use_backend(KERNELS):
             mine = run(ours, batch, valid)
         chosen = run(ours, batch, valid)
-    check(mine, torchs, exact, eps)
-    check(chosen, torchs, exact, eps)
+    assert all(results.keys() == exact.keys() for results in (mine, chosen, *torchs))
+    assert not too_far(mine, torchs, exact, eps)
+    assert not too_far(chosen, torchs, exact, eps)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_norm_and_attention_is_accounted_for(name: str) -> None:
     model, _ = build(name)
-    fastseq.accelerate(model, verbose=False, strict=True)
+    fastseq.accelerate(model, verbose=False, strict=PINNED)
     rows = {row.module: row for row in fastseq.explain(model).modules}
     for fqn, module in model.named_modules():
         concerns = "Norm" in type(module).__name__ or "Attention" in type(module).__name__
@@ -135,10 +136,14 @@ def test_every_norm_and_attention_is_accounted_for(name: str) -> None:
             # A reparametrisation of a convolution, and a layer that is named after having none.
             assert type(module).__name__ in ("_WeightNorm", "Wav2Vec2NoLayerNormConvLayer"), fqn
     for row in rows.values():
+        if not PINNED and row.decision == SKIPPED:
+            assert "leaves no choice" in row.reason
+            continue
         assert row.decision in (SWAPPED, FASTSEQ, LEFT), row
         assert row.reason
     swapped = {row.type for row in rows.values() if row.decision == SWAPPED}
-    assert EXPECTED[name] <= swapped
+    known = EXPECTED[name] & {row.type for row in rows.values() if row.decision != SKIPPED}
+    assert (EXPECTED[name] if PINNED else known) <= swapped
 
 
 #: What has to be on fastseq in each of them.

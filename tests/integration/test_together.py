@@ -13,13 +13,21 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
-from fastseq.explain import READY, SWAPPED
+from fastseq.explain import LEFT, READY, SWAPPED
 from integration.models import Inputs, Seq2Seq, Tagger, build
 
 pytest.importorskip("transformers")
+
+#: What a whole model makes of other roundings: of one pass, of some steps of training, in fp16.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+AFTER_STEPS = {"rtol": 1e-3, "atol": 1e-3}
+IN_FP16 = {"rtol": 2e-2, "atol": 2e-2}
+#: The same kernels on the same numbers, but for the order in which gradients are added up.
+REPEATED = {"rtol": 1e-6, "atol": 1e-6}
 
 WHOLE = ["bert", "gpt2", "llama", "gemma2", "t5", "vit", "timm_vit", "transformer", "lstm_tagger"]
 
@@ -32,10 +40,6 @@ def both(name: str) -> tuple[nn.Module, nn.Module, Inputs]:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def train(model: nn.Module, batch: Inputs, *, steps: int = 3, seed: int = 0) -> list[float]:
@@ -82,10 +86,10 @@ def test_compiles_whole_where_torchs_own_does(name: str) -> None:
         ours.loss_type = "ForCausalLM"
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     result, expected = compiled(**batch), model(**batch)
-    close(result.loss, expected.loss)
+    assert_close(result.loss, expected.loss, **CLOSE)
     result.loss.backward()
     expected.loss.backward()
-    close(gradients(ours), gradients(model))
+    assert_close(gradients(ours), gradients(model), **CLOSE)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -102,7 +106,9 @@ def test_compiles_for_every_batch_at_once(name: str) -> None:
     many = {n: torch.cat((t, t.roll(1, 0), t[:1])) for n, t in batch.items()}
     with torch.no_grad():
         for rows in (2, 3, 4, 5):
-            close(compiled(**sizes(many, rows)).logits, model(**sizes(many, rows)).logits)
+            assert_close(
+                compiled(**sizes(many, rows)).logits, model(**sizes(many, rows)).logits, **CLOSE
+            )
     reached = len(frames)
     with torch.no_grad():
         compiled(**sizes({n: torch.cat((t, t)) for n, t in many.items()}, 7))
@@ -118,14 +124,14 @@ def test_compiles_for_every_length_at_once() -> None:
         for length in (13, 7, 9):
             ids = batch["input_ids"][:, :length]
             expected = model(input_ids=ids, use_cache=False).logits
-            close(compiled(input_ids=ids, use_cache=False).logits, expected)
+            assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, **CLOSE)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_tagger_compiles_with_torchs_own_breaks() -> None:
     model, ours, batch = both("lstm_tagger")
     compiled = torch.compile(ours, backend="aot_eager")
-    close(compiled(**batch).loss, model(**batch).loss)
+    assert_close(compiled(**batch).loss, model(**batch).loss, **CLOSE)
 
 
 @pytest.mark.slow
@@ -134,7 +140,7 @@ def test_a_tagger_compiles_with_torchs_own_breaks() -> None:
 def test_compiles_by_inductor(name: str) -> None:
     model, ours, batch = both(name)
     compiled = torch.compile(ours, fullgraph=True)
-    close(train(compiled, batch), train(model, batch), 1e-3)
+    assert_close(train(compiled, batch), train(model, batch), **AFTER_STEPS)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -143,8 +149,8 @@ def test_compiles_by_inductor(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "t5", "transformer", "lstm_tagger"])
 def test_training_goes_the_same_way(name: str) -> None:
     model, ours, batch = both(name)
-    close(train(ours, batch), train(model, batch), 1e-3)
-    close(ours.state_dict(), model.state_dict(), 1e-3)
+    assert_close(train(ours, batch), train(model, batch), **AFTER_STEPS)
+    assert_close(ours.state_dict(), model.state_dict(), **AFTER_STEPS)
 
 
 class Checkpointed(nn.Module):
@@ -176,7 +182,7 @@ def test_checkpoints_draw_the_same_dropout_again(reentrant: bool) -> None:
         loss = Checkpointed(encoder, reentrant=how)(x).pow(2).sum()
         loss.backward()
         results.append((loss.detach(), x.grad, gradients(encoder)))
-    close(results[0], results[1], 1e-6)
+    assert_close(results[0], results[1], **REPEATED)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -196,7 +202,7 @@ def test_checkpoints_of_the_library_draw_the_same_dropout_again(name: str) -> No
         loss = ours(**batch).loss
         loss.backward()
         results.append((loss.detach(), gradients(ours)))
-    close(results[0], results[1], 1e-6)
+    assert_close(results[0], results[1], **REPEATED)
     torch.manual_seed(4)
     assert not torch.equal(ours(**batch).loss, results[0][0])
 
@@ -206,7 +212,7 @@ def test_gradients_accumulate() -> None:
     model(**batch).loss.backward()
     for row in range(2):
         (ours(**{n: t[row : row + 1] for n, t in batch.items()}).loss / 2).backward()
-    close(gradients(ours), gradients(model))
+    assert_close(gradients(ours), gradients(model), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16])
@@ -229,7 +235,7 @@ def test_scaler_and_autocast(dtype: torch.dtype) -> None:
         return losses
 
     model, ours, batch = both("llama")
-    close(run(ours), run(model), 2e-2)
+    assert_close(run(ours), run(model), **IN_FP16)
 
 
 # --- export --------------------------------------------------------------------------------------
@@ -262,7 +268,7 @@ def test_exports(name: str, strict: bool) -> None:
         program = torch.export.export(Logits(), (), kwargs=batch, strict=strict)
         names = {str(node.target) for node in program.graph.nodes}
         assert any(name.startswith("fastseq._") for name in names)
-        close(program.module()(**batch), model(**batch).logits)
+        assert_close(program.module()(**batch), model(**batch).logits, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -271,7 +277,7 @@ def test_traces_to_a_graph_without_fastseq() -> None:
     ours.config.return_dict = False
     traced = torch.jit.trace(ours, (batch["input_ids"],))
     assert "fastseq::" not in str(traced.inlined_graph)
-    close(traced(batch["input_ids"])[0], model(batch["input_ids"]).logits)
+    assert_close(traced(batch["input_ids"])[0], model(batch["input_ids"]).logits, **CLOSE)
 
 
 # --- copies, states, wrappers --------------------------------------------------------------------
@@ -286,7 +292,8 @@ def test_copies_pickles_and_states(name: str) -> None:
             assert [type(m) for m in twin.modules()] == [type(m) for m in ours.modules()]
             assert torch.equal(twin(**batch).logits, expected)
             fastseq.restore(twin)
-            assert {row.decision for row in fastseq.explain(twin)} <= {READY, "left"}
+            left = [row for row in fastseq.explain(twin) if "leaves no choice" not in row.reason]
+            assert {row.decision for row in left} <= {READY, LEFT}
             assert SWAPPED in {row.decision for row in fastseq.explain(ours)}
     assert list(ours.state_dict()) == list(model.state_dict())
     for source, target in ((ours, model), (model, ours)):
@@ -295,7 +302,7 @@ def test_copies_pickles_and_states(name: str) -> None:
                 parameter.add_(0.01)
         target.load_state_dict(source.state_dict(), strict=True)
         with torch.no_grad():
-            close(target(**batch).logits, source(**batch).logits)
+            assert_close(target(**batch).logits, source(**batch).logits, **CLOSE)
 
 
 def test_averaged_copies() -> None:
@@ -309,7 +316,7 @@ def test_averaged_copies() -> None:
         averages.append(average.eval())
     rows = {row.decision for row in fastseq.explain(averages[1])}
     assert rows == {SWAPPED}
-    close(averages[1](**batch).logits, averages[0](**batch).logits, 1e-3)
+    assert_close(averages[1](**batch).logits, averages[0](**batch).logits, **AFTER_STEPS)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -331,11 +338,11 @@ def test_weight_norm_and_parametrisations(before: bool) -> None:
     wrap(model)
     model(**batch).loss.backward()
     ours(**batch).loss.backward()
-    close(gradients(ours), gradients(model))
+    assert_close(gradients(ours), gradients(model), **CLOSE)
     for module in list(ours.modules()):
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
-    close(ours(**batch).loss, model(**batch).loss)
+    assert_close(ours(**batch).loss, model(**batch).loss, **CLOSE)
 
 
 class LoRA(nn.Module):
@@ -377,7 +384,7 @@ def test_low_rank_wrappers(name: str, before: bool) -> None:
     model.train(name == "transformer")(**batch).loss.backward()
     ours.train(name == "transformer")(**batch).loss.backward()
     assert gradients(ours)
-    close(gradients(ours), gradients(model))
+    assert_close(gradients(ours), gradients(model), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "timm_vit", "lstm_tagger"])
@@ -386,7 +393,9 @@ def test_functional_call(name: str) -> None:
     with torch.no_grad():
         values = {n: p + 0.05 for n, p in model.named_parameters()}
         call = torch.func.functional_call
-        close(call(ours, values, (), batch).logits, call(model, values, (), batch).logits)
+        assert_close(
+            call(ours, values, (), batch).logits, call(model, values, (), batch).logits, **CLOSE
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "timm_vit"])
@@ -405,7 +414,7 @@ def test_gradients_of_each_sample(name: str) -> None:
             return torch.func.functional_call(each, values, (), inputs).loss
 
         results.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, batch))
-    close(results[1], results[0])
+    assert_close(results[1], results[0], **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -446,4 +455,4 @@ def test_cuda_graphs(name: str) -> None:
         key = next(n for n in batch if n != "labels")
         batch[key].copy_(batch[key].roll(1, 0))
         graph.replay()
-        close(logits, model(**batch).logits, 1e-3)
+        assert_close(logits, model(**batch).logits, **AFTER_STEPS)

@@ -15,7 +15,7 @@ from torch import nn
 import fastseq
 import fastseq.integrations.transformers as integration
 from fastseq.explain import READY, SKIPPED, SWAPPED
-from integration.models import KINDS, Seq2Seq, build
+from integration.models import KINDS, PINNED, Seq2Seq, build
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,8 +53,22 @@ def test_importing_fastseq_does_not_import_transformers() -> None:
 
 def test_without_transformers_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install transformers"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers>=4\.57'"):
         integration.register()
+
+
+def test_older_versions_keep_their_attention_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build("llama")
+    expected = model(**batch).logits
+    monkeypatch.delattr(transformers.PreTrainedModel, "_can_set_attn_implementation")
+    with pytest.raises(ImportError, match=r"transformers 4\.57 or newer, got "):
+        integration.register()
+    fastseq.accelerate(model, verbose=False)
+    for row in fastseq.explain(model):
+        attention = row.type == "LlamaAttention"
+        assert row.decision == (SKIPPED if attention else SWAPPED)
+        assert not attention or "is older than 4.57" in row.reason
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_chosen_by_name_like_any_other() -> None:
@@ -74,6 +88,11 @@ def test_chosen_by_name_like_any_other() -> None:
 # --- accelerate and restore ----------------------------------------------------------------------
 
 
+#: Before it, T5's attention was no choice.
+ON_PINNED = pytest.mark.skipif(not PINNED, reason="other models than of transformers 5.23")
+
+
+@ON_PINNED
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_restore_brings_back_what_was_set(implementation: str) -> None:
     model, _ = build("t5")
@@ -99,6 +118,7 @@ def test_what_somebody_has_set_since_stays() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@ON_PINNED
 def test_a_part_of_a_model_with_a_configuration_of_its_own() -> None:
     model, _ = build("t5")
     fastseq.accelerate(model, include="encoder", verbose=False)
@@ -127,7 +147,7 @@ def test_some_attention_of_one_configuration_is_none() -> None:
 
 
 def test_a_model_inside_of_a_model_of_ones_own() -> None:
-    inner, _ = build("bert")
+    inner, _ = build("llama")
     model = nn.ModuleDict(
         {"text": inner, "head": nn.LayerNorm(4), "other": Seq2Seq(norm_first=True)}
     )
