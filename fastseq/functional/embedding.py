@@ -59,7 +59,7 @@ def token_position_embedding(
 
     Raises:
         IndexError: a key lies outside its table. On a GPU, where finding out would wait for it, the
-            row becomes NaN instead, and reads and adds to nothing.
+            row becomes NaN instead, and the key reads nothing and adds to nothing.
         RuntimeError: shapes, dtypes or devices do not fit each other.
         ValueError: ``dropout_p`` outside [0, 1], or ``padding_idx`` no row.
 

@@ -226,15 +226,14 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, tuple[nn.Module | Non
         if _looks_up(module):
             owner = _around(name, owners)
             found[module] = owner, _refusal(module, owner)
+    version = sys.modules["transformers"].__version__
     for module, name in names.items():
         if _computes_itself(module, found):
-            found[module] = (
-                _around(name, owners),
-                (
-                    "computes attention by itself: transformers leaves no choice of implementation "
-                    f"for {type(module).__name__}"
-                ),
+            reason = (
+                f"computes attention by itself: transformers {version} leaves no choice of "
+                f"implementation for {type(module).__name__}; a newer one may, or exclude it"
             )
+            found[module] = _around(name, owners), reason
     return found
 
 

@@ -121,6 +121,7 @@ def test_same_numbers_as_torch(name: str, training: bool, autocast: bool) -> Non
             mine = run(ours, batch, valid)
         chosen = run(ours, batch, valid)
     assert all(results.keys() == exact.keys() for results in (mine, chosen, *torchs))
+    assert name != "t5" or any("relative_attention_bias" in result for result in exact)
     assert not too_far(mine, torchs, exact, eps)
     assert not too_far(chosen, torchs, exact, eps)
 
