@@ -1,1 +1,1 @@
-"""Whole models, and what they are used together with."""
+"""Whole models, what they are used together with, several processes, and the examples."""

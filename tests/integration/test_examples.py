@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(
     path for path in (ROOT / "examples").glob("*.py") if not path.stem.startswith("_")
 )

@@ -1,7 +1,7 @@
 """What several processes do together, checked in one start of four: each costs seconds.
 
-``python tests/distributed_checks.py`` runs all, over gloo on the CPU; those for fewer processes on
-a group of the first ones. ``tests/test_distributed.py`` reads what it prints.
+``python tests/integration/distributed_checks.py`` runs all, over gloo on the CPU; those for fewer
+processes on a group of the first ones. ``test_distributed.py`` reads what it prints.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from .distributed_checks import CHECKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @cache
@@ -19,7 +19,7 @@ def report() -> tuple[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "distributed_checks.py")],
+        [sys.executable, str(Path(__file__).with_name("distributed_checks.py"))],
         capture_output=True,
         text=True,
         timeout=300,
