@@ -108,6 +108,13 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "bool reverse, float zoneout_h, float zoneout_c, int threshold_h, int threshold_c, int bptt, "
       "float grad_clip, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "recurrent_input_gates(Tensor input, Tensor weight_ih, Tensor? bias_ih, Tensor? bias_hh) -> "
+      "Tensor");
+  m.def(
+      "recurrent_gradients(Tensor grad_gates_x, Tensor grad_gates_h, Tensor input, "
+      "Tensor weight_ih, Tensor output, Tensor h0, bool reverse, int wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "recurrent_plan(int cell, ScalarType dtype, bool tf32, int batch, int hidden, bool backward, "
       "int device, int[] chip) -> str");
   m.def(
@@ -143,8 +150,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("embedding_backward", TORCH_BOX(&fastseq::embedding_backward_cpu));
   m.impl("additive_attention_scores", TORCH_BOX(&fastseq::additive_attention_scores_cpu));
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
-  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cpu));
-  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward_cpu));
+  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward));
+  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward));
+  m.impl("recurrent_input_gates", TORCH_BOX(&fastseq::recurrent_input_gates_cpu));
+  m.impl("recurrent_gradients", TORCH_BOX(&fastseq::recurrent_gradients_cpu));
   m.impl("recurrent_cell_forward", TORCH_BOX(&fastseq::recurrent_cell_forward_cpu));
   m.impl("recurrent_cell_backward", TORCH_BOX(&fastseq::recurrent_cell_backward_cpu));
 }
@@ -153,8 +162,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CUDA, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cuda_op));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cuda_op));
-  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward_cuda_op));
-  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward_cuda_op));
+  m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward));
+  m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward));
 }
 #endif
 

@@ -67,4 +67,18 @@ struct RecurrentBackward : Recurrent {
   void* grad_rows = nullptr;       // with norms, sums over time: [B, 2GH + 2H]
 };
 
+// The products before and after the loop over steps, in fp32, contiguous; an absent one is null.
+struct RecurrentProducts {
+  int64_t steps = 0, batch = 0, features = 0, gates = 0, state = 0;  // gates: GH
+  bool reverse = false;
+  const float *input = nullptr, *weight_ih = nullptr;  // [T, B, I], [GH, I]
+  const float *bias_ih = nullptr, *bias_hh = nullptr;  // [GH] each, added to the input's gates
+  const float *output = nullptr, *h0 = nullptr;        // [T, B, P], [B, P]
+  const float *grad_gates_x = nullptr, *grad_gates_h = nullptr;  // [T, B, GH]
+  float* packed = nullptr;                                       // for gates_x alone
+  float* gates_x = nullptr;                                      // [T, B, GH]
+  float *grad_input = nullptr, *grad_weight_ih = nullptr, *grad_weight_hh = nullptr;
+  float *grad_bias_ih = nullptr, *grad_bias_hh = nullptr;
+};
+
 }  // namespace fastseq

@@ -12,6 +12,7 @@
 namespace fastseq {
 namespace {
 
+using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using MaybeTensor = std::optional<Tensor>;
@@ -34,22 +35,27 @@ Steps steps_of(const MaybeTensor& tensor) {
   return steps;
 }
 
-// What both directions of a layer have in common; threshold and probability of zoneout for h and c.
-void fill(Recurrent& problem, int64_t cell, int64_t steps, const Tensor& h0, const MaybeTensor& c0,
-          int64_t hidden, const MaybeTensor& weight_hh, const MaybeTensor& bias_hh,
-          const MaybeTensor& weight_hr, const MaybeTensor& norm_hh, const MaybeTensor& norm_c,
-          const MaybeTensor& bias_c, const MaybeTensor& lengths, const MaybeTensor& seed,
-          const MaybeTensor& keep, bool reverse, double zoneout_h, double zoneout_c,
-          int64_t threshold_h, int64_t threshold_c) {
+// What a single step has, too.
+void fill_states(Recurrent& problem, int64_t cell, int64_t steps, int64_t hidden, const Tensor& h0,
+                 const MaybeTensor& c0) {
   problem.cell = static_cast<Cell>(cell);
   problem.dtype = dtype_of(h0);
   problem.steps = steps;
   problem.batch = h0.size(0);
   problem.hidden = hidden;
   problem.state = h0.size(1);
-  problem.reverse = reverse;
   problem.h0 = h0.data_ptr();
   problem.c0 = data_of(c0);
+}
+
+// What forward and backward of a layer have in common; threshold and probability of zoneout for h
+// and c.
+void fill_layer(Recurrent& problem, const Tensor& weight_hh, const MaybeTensor& bias_hh,
+                const MaybeTensor& weight_hr, const MaybeTensor& norm_hh, const MaybeTensor& norm_c,
+                const MaybeTensor& bias_c, const MaybeTensor& lengths, const MaybeTensor& seed,
+                const MaybeTensor& keep, bool reverse, double zoneout_h, double zoneout_c,
+                int64_t threshold_h, int64_t threshold_c) {
+  problem.reverse = reverse;
   problem.weight_hh = data_of(weight_hh);
   problem.bias_hh = data_of(bias_hh);
   problem.weight_hr = data_of(weight_hr);
@@ -80,135 +86,6 @@ void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Kernel
     work = problem.steps * gates * problem.state;
   }
   parallel(problem.batch, 1 + 65536 / work, kernel);
-}
-
-// Allocates what the op returns, fills in the problem and has launch solve it: the same for the CPU
-// and CUDA, as is the backward.
-template <class Launch>
-Tensors7 recurrent_forward(const Tensor& gates_x, const Tensor& h0, const MaybeTensor& c0,
-                           const Tensor& weight_hh, const MaybeTensor& bias_hh,
-                           const MaybeTensor& weight_hr, const MaybeTensor& norm_hh,
-                           const MaybeTensor& norm_c, const MaybeTensor& bias_c,
-                           const MaybeTensor& lengths, const MaybeTensor& seed,
-                           const MaybeTensor& keep, int64_t cell, bool reverse, double zoneout_h,
-                           double zoneout_c, int64_t threshold_h, int64_t threshold_c, double eps,
-                           bool save, Launch launch) {
-  RecurrentForward problem;
-  const int64_t steps = gates_x.size(0), batch = gates_x.size(1);
-  const int64_t hidden = gates_x.size(2) / gates_of(static_cast<Cell>(cell)), state = h0.size(1);
-  const bool lstm = static_cast<Cell>(cell) == Cell::lstm, norm = norm_hh.has_value();
-  const ScalarType dtype = h0.scalar_type(), compute = statistics_type(h0);
-  const std::vector<int64_t> none{0};
-  const auto saved = [&](bool present, int64_t size, ScalarType type) {
-    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, type, h0);
-  };
-  const Tensor output = saved(true, state, dtype);
-  const Tensor h_n = empty({batch, state}, dtype, h0);
-  const Tensor c_n = empty(lstm ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
-  const Tensor cells = saved(lstm && save, hidden, compute);
-  const Tensor gates = saved(save, saved_of(static_cast<Cell>(cell)) * hidden, dtype);
-  const Tensor normalized = saved(save && norm, gates_x.size(2), dtype);
-  const Tensor statistics = saved(save && norm, 3, compute);
-  fill(problem, cell, steps, h0, c0, hidden, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
-       lengths, seed, keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
-  problem.eps = eps;
-  problem.gates_x = steps_of(gates_x);
-  problem.output = output_of(output);
-  problem.h_n = output_of(h_n);
-  problem.c_n = output_of(c_n);
-  problem.cells = output_of(cells);
-  problem.gates = output_of(gates);
-  problem.normalized = output_of(normalized);
-  problem.statistics = output_of(statistics);
-  launch(problem);
-  return {output, h_n, c_n, cells, gates, normalized, statistics};
-}
-
-template <class Launch>
-Tensors6 recurrent_backward(const Tensor& gates, const MaybeTensor& grad_output,
-                            const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
-                            const MaybeTensor& grad_cells, const Tensor& output,
-                            const Tensor& cells, const Tensor& normalized, const Tensor& statistics,
-                            const Tensor& h0, const MaybeTensor& c0, const Tensor& weight_hh,
-                            const MaybeTensor& weight_hr, const MaybeTensor& norm_hh,
-                            const MaybeTensor& norm_c, const MaybeTensor& bias_c,
-                            const MaybeTensor& lengths, const MaybeTensor& seed,
-                            const MaybeTensor& keep, int64_t cell, bool reverse, double zoneout_h,
-                            double zoneout_c, int64_t threshold_h, int64_t threshold_c,
-                            int64_t bptt, double grad_clip, Launch launch) {
-  RecurrentBackward problem;
-  const Cell kind = static_cast<Cell>(cell);
-  const int64_t steps = gates.size(0), batch = gates.size(1), state = h0.size(1);
-  const int64_t hidden = gates.size(2) / saved_of(kind), width = gates_of(kind) * hidden;
-  const bool norm = norm_hh.has_value();
-  const ScalarType dtype = h0.scalar_type();
-  const std::vector<int64_t> none{0};
-  const auto made = [&](bool present, int64_t size) {
-    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, dtype, h0);
-  };
-  const Tensor grad_gates_x = made(true, width);
-  const Tensor grad_gates_h = made(norm || kind == Cell::gru, width);
-  const Tensor grad_h0 = empty({batch, state}, dtype, h0);
-  const Tensor grad_c0 = empty(c0 ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
-  const Tensor grad_projected = made(weight_hr.has_value(), state);
-  const Tensor grad_rows = empty(norm ? std::vector<int64_t>{batch, 2 * (width + hidden)} : none,
-                                 statistics_type(h0), h0);
-  fill(problem, cell, steps, h0, c0, hidden, weight_hh, std::nullopt, weight_hr, norm_hh, norm_c,
-       bias_c, lengths, seed, keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
-  problem.grad_output = steps_of(grad_output);
-  problem.grad_h_n = data_of(grad_h_n);
-  problem.grad_c_n = data_of(grad_c_n);
-  problem.grad_cells = steps_of(grad_cells);
-  problem.output = output.data_ptr();
-  problem.gates = gates.data_ptr();
-  problem.cells = data_of(cells);
-  problem.normalized = data_of(normalized);
-  problem.statistics = data_of(statistics);
-  problem.bptt = bptt;
-  problem.grad_clip = grad_clip;
-  problem.grad_gates_x = output_of(grad_gates_x);
-  problem.grad_gates_h = output_of(grad_gates_h);
-  problem.grad_h0 = output_of(grad_h0);
-  problem.grad_c0 = output_of(grad_c0);
-  problem.grad_projected = output_of(grad_projected);
-  problem.grad_rows = output_of(grad_rows);
-  launch(problem);
-  return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
-}
-
-Tensors7 recurrent_forward_cpu(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
-                               MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
-                               MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
-                               MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
-                               double zoneout_h, double zoneout_c, int64_t threshold_h,
-                               int64_t threshold_c, double eps, bool save, bool) {
-  return recurrent_forward(gates_x, h0, c0, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
-                           lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c, threshold_h,
-                           threshold_c, eps, save, [&](RecurrentForward& problem) {
-                             run_recurrent(problem, false, h0, [&](int64_t begin, int64_t end) {
-                               instruction_set().recurrent->forward(problem, begin, end);
-                             });
-                           });
-}
-
-Tensors6 recurrent_backward_cpu(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
-                                MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
-                                Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
-                                MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
-                                MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
-                                MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
-                                int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
-                                int64_t threshold_h, int64_t threshold_c, int64_t bptt,
-                                double grad_clip, bool) {
-  return recurrent_backward(gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells,
-                            normalized, statistics, h0, c0, weight_hh, weight_hr, norm_hh, norm_c,
-                            bias_c, lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c,
-                            threshold_h, threshold_c, bptt, grad_clip,
-                            [&](RecurrentBackward& problem) {
-                              run_recurrent(problem, true, h0, [&](int64_t begin, int64_t end) {
-                                instruction_set().recurrent->backward(problem, begin, end);
-                              });
-                            });
 }
 
 // ---- persistent CUDA kernels --------------------------------------------------------------------
@@ -271,8 +148,9 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
 
 // Plans the problem for the device and launches it.
 template <class Problem, class Kernel>
-void run_persistent(const CudaCall& call, const char* name, const Problem& problem,
-                    const Tensor& like, bool backward, bool tf32, Kernel kernel) {
+void run_persistent(const char* name, const Problem& problem, const Tensor& like, bool backward,
+                    bool tf32, Kernel kernel) {
+  const CudaCall call(like);
   const recurrent::Arithmetic arithmetic = arithmetic_of(problem.dtype, tf32);
   const recurrent::Plan plan = recurrent_plan_cuda(
       {problem.cell, arithmetic, problem.batch, problem.hidden, backward}, call.device);
@@ -281,42 +159,191 @@ void run_persistent(const CudaCall& call, const char* name, const Problem& probl
   call.check(name, kernel(problem, plan, arithmetic, workspace.data_ptr(), call.stream));
 }
 
-Tensors7 recurrent_forward_cuda_op(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
-                                   MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
-                                   MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
-                                   MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
-                                   double zoneout_h, double zoneout_c, int64_t threshold_h,
-                                   int64_t threshold_c, double eps, bool save, bool tf32) {
-  const CudaCall call(h0);
-  return recurrent_forward(gates_x, h0, c0, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c,
-                           lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c, threshold_h,
-                           threshold_c, eps, save, [&](const RecurrentForward& problem) {
-                             run_persistent(call, "recurrent", problem, h0, false, tf32,
-                                            recurrent_forward_cuda);
-                           });
-}
-
-Tensors6 recurrent_backward_cuda_op(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
-                                    MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
-                                    Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
-                                    MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
-                                    MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
-                                    MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep,
-                                    int64_t cell, bool reverse, double zoneout_h, double zoneout_c,
-                                    int64_t threshold_h, int64_t threshold_c, int64_t bptt,
-                                    double grad_clip, bool tf32) {
-  const CudaCall call(h0);
-  return recurrent_backward(gates, grad_output, grad_h_n, grad_c_n, grad_cells, output, cells,
-                            normalized, statistics, h0, c0, weight_hh, weight_hr, norm_hh, norm_c,
-                            bias_c, lengths, seed, keep, cell, reverse, zoneout_h, zoneout_c,
-                            threshold_h, threshold_c, bptt, grad_clip,
-                            [&](const RecurrentBackward& problem) {
-                              run_persistent(call, "recurrent backward", problem, h0, true, tf32,
-                                             recurrent_backward_cuda);
-                            });
-}
-
 #endif
+
+// ---- a layer in one direction -------------------------------------------------------------------
+
+// Has the kernels of the tensors' device solve the problem.
+void solve(RecurrentForward& problem, const Tensor& like, [[maybe_unused]] bool tf32) {
+#ifdef FASTSEQ_CUDA
+  if (like.is_cuda())
+    return run_persistent("recurrent", problem, like, false, tf32, recurrent_forward_cuda);
+#endif
+  run_recurrent(problem, false, like, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->forward(problem, begin, end);
+  });
+}
+
+void solve(RecurrentBackward& problem, const Tensor& like, [[maybe_unused]] bool tf32) {
+#ifdef FASTSEQ_CUDA
+  if (like.is_cuda())
+    return run_persistent("recurrent backward", problem, like, true, tf32, recurrent_backward_cuda);
+#endif
+  run_recurrent(problem, true, like, [&](int64_t begin, int64_t end) {
+    instruction_set().recurrent->backward(problem, begin, end);
+  });
+}
+
+Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
+                           MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
+                           MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
+                           MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
+                           double zoneout_h, double zoneout_c, int64_t threshold_h,
+                           int64_t threshold_c, double eps, bool save, bool tf32) {
+  RecurrentForward problem;
+  const int64_t steps = gates_x.size(0), batch = gates_x.size(1);
+  const int64_t hidden = gates_x.size(2) / gates_of(static_cast<Cell>(cell)), state = h0.size(1);
+  const bool lstm = static_cast<Cell>(cell) == Cell::lstm, norm = norm_hh.has_value();
+  const ScalarType dtype = h0.scalar_type(), compute = statistics_type(h0);
+  const std::vector<int64_t> none{0};
+  const auto saved = [&](bool present, int64_t size, ScalarType type) {
+    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, type, h0);
+  };
+  const Tensor output = saved(true, state, dtype);
+  const Tensor h_n = empty({batch, state}, dtype, h0);
+  const Tensor c_n = empty(lstm ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
+  const Tensor cells = saved(lstm && save, hidden, compute);
+  const Tensor gates = saved(save, saved_of(static_cast<Cell>(cell)) * hidden, dtype);
+  const Tensor normalized = saved(save && norm, gates_x.size(2), dtype);
+  const Tensor statistics = saved(save && norm, 3, compute);
+  fill_states(problem, cell, steps, hidden, h0, c0);
+  fill_layer(problem, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c, lengths, seed, keep,
+             reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
+  problem.eps = eps;
+  problem.gates_x = steps_of(gates_x);
+  problem.output = output_of(output);
+  problem.h_n = output_of(h_n);
+  problem.c_n = output_of(c_n);
+  problem.cells = output_of(cells);
+  problem.gates = output_of(gates);
+  problem.normalized = output_of(normalized);
+  problem.statistics = output_of(statistics);
+  solve(problem, h0, tf32);
+  return {output, h_n, c_n, cells, gates, normalized, statistics};
+}
+
+Tensors6 recurrent_backward(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
+                            MaybeTensor grad_c_n, MaybeTensor grad_cells, Tensor output,
+                            Tensor cells, Tensor normalized, Tensor statistics, Tensor h0,
+                            MaybeTensor c0, Tensor weight_hh, MaybeTensor weight_hr,
+                            MaybeTensor norm_hh, MaybeTensor norm_c, MaybeTensor bias_c,
+                            MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep, int64_t cell,
+                            bool reverse, double zoneout_h, double zoneout_c, int64_t threshold_h,
+                            int64_t threshold_c, int64_t bptt, double grad_clip, bool tf32) {
+  RecurrentBackward problem;
+  const Cell kind = static_cast<Cell>(cell);
+  const int64_t steps = gates.size(0), batch = gates.size(1), state = h0.size(1);
+  const int64_t hidden = gates.size(2) / saved_of(kind), width = gates_of(kind) * hidden;
+  const bool norm = norm_hh.has_value();
+  const ScalarType dtype = h0.scalar_type();
+  const std::vector<int64_t> none{0};
+  const auto made = [&](bool present, int64_t size) {
+    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, dtype, h0);
+  };
+  const Tensor grad_gates_x = made(true, width);
+  const Tensor grad_gates_h = made(norm || kind == Cell::gru, width);
+  const Tensor grad_h0 = empty({batch, state}, dtype, h0);
+  const Tensor grad_c0 = empty(c0 ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
+  const Tensor grad_projected = made(weight_hr.has_value(), state);
+  const Tensor grad_rows = empty(norm ? std::vector<int64_t>{batch, 2 * (width + hidden)} : none,
+                                 statistics_type(h0), h0);
+  fill_states(problem, cell, steps, hidden, h0, c0);
+  fill_layer(problem, weight_hh, std::nullopt, weight_hr, norm_hh, norm_c, bias_c, lengths, seed,
+             keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
+  problem.grad_output = steps_of(grad_output);
+  problem.grad_h_n = data_of(grad_h_n);
+  problem.grad_c_n = data_of(grad_c_n);
+  problem.grad_cells = steps_of(grad_cells);
+  problem.output = output.data_ptr();
+  problem.gates = gates.data_ptr();
+  problem.cells = data_of(cells);
+  problem.normalized = data_of(normalized);
+  problem.statistics = data_of(statistics);
+  problem.bptt = bptt;
+  problem.grad_clip = grad_clip;
+  problem.grad_gates_x = output_of(grad_gates_x);
+  problem.grad_gates_h = output_of(grad_gates_h);
+  problem.grad_h0 = output_of(grad_h0);
+  problem.grad_c0 = output_of(grad_c0);
+  problem.grad_projected = output_of(grad_projected);
+  problem.grad_rows = output_of(grad_rows);
+  solve(problem, h0, tf32);
+  return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
+}
+
+// ---- the products around the loop, of small layers ----------------------------------------------
+
+const float* floats(const MaybeTensor& tensor) {
+  return static_cast<const float*>(data_of(tensor));
+}
+float* made_floats(const Tensor& tensor) { return static_cast<float*>(output_of(tensor)); }
+
+// [T, B, GH]: the input's gates with both biases.
+Tensor recurrent_input_gates_cpu(Tensor input, Tensor weight_ih, MaybeTensor bias_ih,
+                                 MaybeTensor bias_hh) {
+  const RecurrentCpu& kernels = *instruction_set().recurrent;
+  RecurrentProducts problem;
+  problem.features = input.size(2);
+  problem.gates = weight_ih.size(0);
+  problem.input = floats(input);
+  problem.weight_ih = floats(weight_ih);
+  problem.bias_ih = floats(bias_ih);
+  problem.bias_hh = floats(bias_hh);
+  const Tensor gates_x =
+      empty({input.size(0), input.size(1), problem.gates}, ScalarType::Float, input);
+  const Tensor packed = empty({kernels.products_bytes(problem)}, ScalarType::Char, input);
+  problem.packed = static_cast<float*>(packed.data_ptr());
+  problem.gates_x = made_floats(gates_x);
+  kernels.pack_products(problem);
+  const int64_t rows = input.size(0) * input.size(1);
+  parallel(rows, 1 + (1 << 20) / (1 + problem.features * problem.gates),
+           [&](int64_t begin, int64_t end) { kernels.input_gates(problem, begin, end); });
+  return gates_x;
+}
+
+// Of what a layer is made of, from those of its gates: input 1, weight_ih 2, weight_hh 4, bias_ih
+// 8, bias_hh 16 of wanted; an empty tensor for what is not.
+Tensors5 recurrent_gradients_cpu(Tensor grad_gates_x, Tensor grad_gates_h, Tensor input,
+                                 Tensor weight_ih, Tensor output, Tensor h0, bool reverse,
+                                 int64_t wanted) {
+  const RecurrentCpu& kernels = *instruction_set().recurrent;
+  RecurrentProducts problem;
+  problem.steps = input.size(0);
+  problem.batch = input.size(1);
+  problem.features = input.size(2);
+  problem.gates = weight_ih.size(0);
+  problem.state = h0.size(1);
+  problem.reverse = reverse;
+  problem.input = floats(input);
+  problem.weight_ih = floats(weight_ih);
+  problem.output = floats(output);
+  problem.h0 = floats(h0);
+  problem.grad_gates_x = floats(grad_gates_x);
+  problem.grad_gates_h = floats(grad_gates_h);
+  const std::vector<int64_t> none{0}, bias{problem.gates};
+  const auto made = [&](int64_t which, const std::vector<int64_t>& sizes) {
+    return empty((wanted & which) != 0 ? sizes : none, ScalarType::Float, input);
+  };
+  const Tensor grad_input = made(1, {problem.steps, problem.batch, problem.features});
+  const Tensor grad_weight_ih = made(2, {problem.gates, problem.features});
+  const Tensor grad_weight_hh = made(4, {problem.gates, problem.state});
+  const Tensor grad_bias_ih = made(8, bias), grad_bias_hh = made(16, bias);
+  problem.grad_input = made_floats(grad_input);
+  problem.grad_weight_ih = made_floats(grad_weight_ih);
+  problem.grad_weight_hh = made_floats(grad_weight_hh);
+  problem.grad_bias_ih = made_floats(grad_bias_ih);
+  problem.grad_bias_hh = made_floats(grad_bias_hh);
+  // One task for all threads: parts in the order of rows of the weights, then of the input.
+  const int64_t rows = problem.steps * problem.batch, parts = 16;
+  const int64_t work = rows * problem.gates * (2 * problem.features + problem.state);
+  parallel(parts, work < (1 << 20) ? parts : 1, [&](int64_t begin, int64_t end) {
+    const auto cut = [&](int64_t count, int64_t part) { return count * part / parts; };
+    kernels.weight_gradients(problem, cut(problem.gates, begin), cut(problem.gates, end));
+    if (problem.grad_input != nullptr)
+      kernels.input_gradient(problem, cut(rows, begin), cut(rows, end));
+  });
+  return {grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
+}
 
 // ---- one step, from both halves of the gates ----------------------------------------------------
 
@@ -333,7 +360,7 @@ Tensors4 recurrent_cell_forward_cpu(Tensor gates_x, Tensor gates_h, Tensor h, Ma
       empty(save ? std::vector<int64_t>{batch, saved_of(kind) * hidden} : none, h.scalar_type(), h);
   // What the kernel stores as h_n is its output: there is but one step.
   const Tensor output = empty(sizes, h.scalar_type(), h);
-  fill(problem, cell, 1, h, c, hidden, {}, {}, {}, {}, {}, {}, {}, {}, {}, false, 0, 0, 0, 0);
+  fill_states(problem, cell, 1, hidden, h, c);
   problem.gates_x = {gates_x.data_ptr(), 0, gates_x.stride(0)};
   problem.gates_h = gates_h.data_ptr();
   problem.output = output_of(output);
@@ -341,9 +368,7 @@ Tensors4 recurrent_cell_forward_cpu(Tensor gates_x, Tensor gates_h, Tensor h, Ma
   problem.c_n = output_of(c_new);
   problem.cells = output_of(cells);
   problem.gates = output_of(saved);
-  run_recurrent(problem, false, h, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->forward(problem, begin, end);
-  });
+  solve(problem, h, false);
   return {h_new, c_new, cells, saved};
 }
 
@@ -358,7 +383,7 @@ Tensors4 recurrent_cell_backward_cpu(Tensor saved, MaybeTensor grad_h, MaybeTens
   const Tensor grad_gates_h = empty(kind == Cell::gru ? gate_sizes : none, dtype, h);
   const Tensor grad_h_old = empty({batch, hidden}, dtype, h);
   const Tensor grad_c_old = empty(c ? std::vector<int64_t>{batch, hidden} : none, dtype, h);
-  fill(problem, cell, 1, h, c, hidden, {}, {}, {}, {}, {}, {}, {}, {}, {}, false, 0, 0, 0, 0);
+  fill_states(problem, cell, 1, hidden, h, c);
   problem.grad_h_n = data_of(grad_h);
   problem.grad_c_n = data_of(grad_c);
   problem.gates = saved.data_ptr();
@@ -367,9 +392,7 @@ Tensors4 recurrent_cell_backward_cpu(Tensor saved, MaybeTensor grad_h, MaybeTens
   problem.grad_gates_h = output_of(grad_gates_h);
   problem.grad_h0 = output_of(grad_h_old);
   problem.grad_c0 = output_of(grad_c_old);
-  run_recurrent(problem, true, h, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->backward(problem, begin, end);
-  });
+  solve(problem, h, false);
   return {grad_gates_x, grad_gates_h, grad_h_old, grad_c_old};
 }
 

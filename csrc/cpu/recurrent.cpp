@@ -12,6 +12,7 @@
 
 #include "recurrent_backward.h"
 #include "recurrent_forward.h"
+#include "recurrent_small.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
@@ -100,6 +101,8 @@ void backward(const RecurrentBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const RecurrentCpu recurrent = {packed_bytes, pack, forward, backward};
+extern const RecurrentCpu recurrent = {packed_bytes,   pack,          forward,     backward,
+                                       products_bytes, pack_products, input_gates, weight_gradients,
+                                       input_gradient};
 
 }  // namespace fastseq::FASTSEQ_ISA

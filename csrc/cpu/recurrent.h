@@ -13,6 +13,13 @@ struct RecurrentCpu {
   void (*pack)(const Recurrent& args, bool backward);
   void (*forward)(const RecurrentForward& args, int64_t begin, int64_t end);
   void (*backward)(const RecurrentBackward& args, int64_t begin, int64_t end);
+  // The products around the loop, for small layers: bytes of what is packed, the packing; the
+  // input's gates (rows of all steps), the weights' gradients (rows of the gates), the input's.
+  int64_t (*products_bytes)(const RecurrentProducts& args);
+  void (*pack_products)(const RecurrentProducts& args);
+  void (*input_gates)(const RecurrentProducts& args, int64_t begin, int64_t end);
+  void (*weight_gradients)(const RecurrentProducts& args, int64_t begin, int64_t end);
+  void (*input_gradient)(const RecurrentProducts& args, int64_t begin, int64_t end);
 };
 
 #if defined(__x86_64__)

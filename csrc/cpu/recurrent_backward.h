@@ -83,16 +83,17 @@ struct BackwardRows {
   }
 
   void step(int64_t n, int64_t t) {
+    const bool odd = n % 2 == 1;
     active.select(a.lengths, t, rows, [&](int64_t i) { clear(t, i); });
     for (int64_t k = 0; k < active.count; ++k) arrive(t, active.index[k]);
     if (a.weight_hr != nullptr)
       multiply_all(weights.projection, weights.packed_projection, active.count, active.index, made,
-                   pitch, unprojected, [](int64_t) {});
+                   pitch, odd, unprojected, [](int64_t) {});
     for (int64_t k = 0; k < active.count; ++k) units(t, active.index[k]);
     const bool cut = a.bptt > 0 && n > 0 && n % a.bptt == 0;
     if (a.weight_hh != nullptr && !cut)
       multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, gates,
-                   gate_pitch, back, [](int64_t) {});
+                   gate_pitch, odd, back, [](int64_t) {});
     for (int64_t k = 0; k < active.count; ++k) leave(active.index[k], cut);
   }
 

@@ -58,7 +58,7 @@ struct ForwardRows {
       if (kLstm) convert_row(at(a.c0, (begin + i) * H), a.dtype, c + i * pitch, H);
       if (a.keep != nullptr) set_operand(i);
     }
-    for (int64_t n = 0; n < a.steps; ++n) step(a.reverse ? a.steps - 1 - n : n);
+    for (int64_t n = 0; n < a.steps; ++n) step(n, a.reverse ? a.steps - 1 - n : n);
     for (int64_t i = 0; i < rows; ++i) {
       write(a.h_n, (begin + i) * P, h + i * pitch, P);
       if (kLstm) write(a.c_n, (begin + i) * H, c + i * pitch, H);
@@ -76,7 +76,8 @@ struct ForwardRows {
             load(h + i * pitch + u) * read(at(a.keep, (begin + i) * P + u), P - u));
   }
 
-  void step(int64_t t) {
+  void step(int64_t n, int64_t t) {
+    const bool odd = n % 2 == 1;
     active.select(a.lengths, t, rows, [&](int64_t i) { clear(t, i); });
     if (a.gates_h != nullptr) {
       for (int64_t i = 0; i < rows; ++i)
@@ -86,27 +87,27 @@ struct ForwardRows {
       for (int64_t i = 0; i < rows; ++i) units(t, i, 0, H);
     } else if (a.norm_hh == nullptr) {
       multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, operand,
-                   pitch, gates, [&](int64_t tile) {
-                     for (int64_t n = 0; n < active.count; ++n)
-                       units(t, active.index[n], weights.hidden.begin(tile),
+                   pitch, odd, gates, [&](int64_t tile) {
+                     for (int64_t m = 0; m < active.count; ++m)
+                       units(t, active.index[m], weights.hidden.begin(tile),
                              weights.hidden.end(tile));
                    });
     } else {
       multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, operand,
-                   pitch, gates, [](int64_t) {});
-      for (int64_t n = 0; n < active.count; ++n) normalized(t, active.index[n]);
+                   pitch, odd, gates, [](int64_t) {});
+      for (int64_t m = 0; m < active.count; ++m) normalized(t, active.index[m]);
     }
     if (a.weight_hr != nullptr) {
       multiply_all(weights.projection, weights.packed_projection, active.count, active.index,
-                   unprojected, pitch, projected, [](int64_t) {});
-      for (int64_t n = 0; n < active.count; ++n) {
-        const int64_t i = active.index[n];
+                   unprojected, pitch, odd, projected, [](int64_t) {});
+      for (int64_t m = 0; m < active.count; ++m) {
+        const int64_t i = active.index[m];
         for (int64_t u = 0; u < P; u += lanes<T>)
           emit(t, i, u, load(projected + i * weights.projection.row() + u));
       }
     }
-    for (int64_t n = 0; n < active.count; ++n) {
-      const int64_t i = active.index[n];
+    for (int64_t m = 0; m < active.count; ++m) {
+      const int64_t i = active.index[m];
       for (int64_t u = 0; u < P; u += lanes<T>)
         store(h + i * pitch + u, load(next + i * pitch + u));
       if (a.keep != nullptr) set_operand(i);

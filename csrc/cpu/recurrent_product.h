@@ -13,6 +13,8 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
+constexpr int64_t kHalfOfL1 = 16 << 10;
+
 // Rows whose sums stay in registers beside N vectors of weights and one of the row; 6 for 4
 // vectors of AVX-512.
 constexpr int most_rows(int vectors) {
@@ -88,9 +90,10 @@ void pack(const Shape<T>& shape, const M* weight, int64_t stride_n, int64_t stri
 }
 
 // out[r][offset[v]] = start + sum over k of a[r][k] * w[k][v]: one multiplication and addition
-// after the other for each element, whatever the number of rows.
+// after the other for each element, whatever the number of rows. back: from the last k on.
 template <class T, int N, int R>
-void multiply(const T* const* a, int64_t depth, const T* w, T* const* out, const int64_t* offset) {
+void multiply(const T* const* a, int64_t depth, const T* w, bool back, T* const* out,
+              const int64_t* offset) {
   V<T> sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -98,8 +101,10 @@ void multiply(const T* const* a, int64_t depth, const T* w, T* const* out, const
     for (int v = 0; v < N; ++v) sum[r][v] = load(w + v * lanes<T>);
   const T* row[R];
   for (int r = 0; r < R; ++r) row[r] = a[r];
-  for (int64_t k = 0; k < depth; ++k) {
-    w += N * lanes<T>;
+  const int64_t step = back ? -1 : 1;
+  int64_t k = back ? depth - 1 : 0;
+  w += (k + 1) * N * lanes<T>;
+  for (int64_t n = 0; n < depth; ++n, k += step, w += step * N * lanes<T>) {
     V<T> weight[N];
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) weight[v] = load(w + v * lanes<T>);
@@ -117,17 +122,17 @@ void multiply(const T* const* a, int64_t depth, const T* w, T* const* out, const
 }
 
 template <class T, int N, int R>
-void multiply_rows(int rows, const T* const* a, int64_t depth, const T* w, T* const* out,
+void multiply_rows(int rows, const T* const* a, int64_t depth, const T* w, bool back, T* const* out,
                    const int64_t* offset) {
-  if (rows == R) return multiply<T, N, R>(a, depth, w, out, offset);
-  if constexpr (R > 1) multiply_rows<T, N, R - 1>(rows, a, depth, w, out, offset);
+  if (rows == R) return multiply<T, N, R>(a, depth, w, back, out, offset);
+  if constexpr (R > 1) multiply_rows<T, N, R - 1>(rows, a, depth, w, back, out, offset);
 }
 
 // One tile of the results of some rows: count of them, whose operands and results lie at
 // a + index[i] * a_pitch and out + index[i] * shape.row().
 template <class T, int N>
 void multiply_tile(const Shape<T>& shape, int64_t tile, const T* packed, int64_t count,
-                   const int32_t* index, const T* a, int64_t a_pitch, T* out) {
+                   const int32_t* index, const T* a, int64_t a_pitch, bool back, T* out) {
   int64_t offset[N];
   for (int v = 0; v < N; ++v)
     offset[v] = v / shape.units * shape.pitch() + shape.begin(tile) + v % shape.units * lanes<T>;
@@ -142,27 +147,34 @@ void multiply_tile(const Shape<T>& shape, int64_t tile, const T* packed, int64_t
       results[i - begin] = out + index[i] * shape.row();
     }
     multiply_rows<T, N, most>(static_cast<int>(end - begin), rows, shape.depth,
-                              packed + tile * shape.tile_elements(), results, offset);
+                              packed + tile * shape.tile_elements(), back, results, offset);
   }
 }
 
 // All tiles; finish(tile) after each, while its results are in L1.
+//
+// back is of every other step: it begins with the weights that the step before ended with, which
+// are still in the cache however many there are. One tile too large for L1 is itself gone through
+// from the end, which is the one case where it changes the order of a sum.
 template <class T, class Finish>
 void multiply_all(const Shape<T>& shape, const T* packed, int64_t count, const int32_t* index,
-                  const T* a, int64_t a_pitch, T* out, Finish finish) {
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+                  const T* a, int64_t a_pitch, bool back, T* out, Finish finish) {
+  const bool reverse = back && shape.tiles == 1 &&
+                       shape.tile_elements() * static_cast<int64_t>(sizeof(T)) > kHalfOfL1;
+  for (int64_t n = 0; n < shape.tiles; ++n) {
+    const int64_t tile = back ? shape.tiles - 1 - n : n;
     switch (shape.vectors()) {
       case 1:
-        multiply_tile<T, 1>(shape, tile, packed, count, index, a, a_pitch, out);
+        multiply_tile<T, 1>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
         break;
       case 2:
-        multiply_tile<T, 2>(shape, tile, packed, count, index, a, a_pitch, out);
+        multiply_tile<T, 2>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
         break;
       case 3:
-        multiply_tile<T, 3>(shape, tile, packed, count, index, a, a_pitch, out);
+        multiply_tile<T, 3>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
         break;
       default:
-        multiply_tile<T, 4>(shape, tile, packed, count, index, a, a_pitch, out);
+        multiply_tile<T, 4>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
     }
     finish(tile);
   }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,10 +14,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import current_backend, note
-from ..ops.recurrent import RecurrentFunction, forward_op
+from ..ops.recurrent_layer import Layer, RecurrentFunction, forward_layer, layer_by_reference
 from ..random import draw_seed, keep_mask, keep_scale
-from ..reference import recurrent as reference
-from ..reference.recurrent import GATES, Options, Parameters
+from ..reference.recurrent import GATES, Options
 from ._dispatch import is_foreign, is_transformed, records_gradient
 from ._recurrent_checks import check_call, check_tensors
 from .layer_norm import layer_norm as _layer_norm
@@ -56,6 +56,9 @@ class Extras(NamedTuple):
     return_all_states: bool = False
 
 
+_NO_EXTRAS = Extras()
+
+
 class Shape(NamedTuple):
     """A stack's configuration, as torch's functions take it."""
 
@@ -72,6 +75,24 @@ class Shape(NamedTuple):
         return 2 if self.bidirectional else 1
 
 
+def _with_extras(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows people and editors what ``**extras`` takes."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=Extras._field_defaults[name],
+            annotation=annotation,
+        )
+        for name, annotation in Extras.__annotations__.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    return function
+
+
+@_with_extras
 def lstm(
     input: Input,
     hx: tuple[Tensor, Tensor] | None,
@@ -82,16 +103,7 @@ def lstm(
     train: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-    *,
-    lengths: Tensor | None = None,
-    layer_norm: Sequence[Tensor] | None = None,
-    eps: float = 1e-5,
-    zoneout: float | tuple[float, float] = 0.0,
-    recurrent_dropout: float = 0.0,
-    weight_dropout: float = 0.0,
-    bptt: int | None = None,
-    grad_clip: float | None = None,
-    return_all_states: bool = False,
+    **extras: Any,
 ) -> tuple[Any, ...]:
     r"""Long short-term memory over whole sequences, as ``torch.lstm``.
 
@@ -112,8 +124,8 @@ def lstm(
             in the order i, f, g, o.
         has_biases, num_layers, dropout, train, bidirectional, batch_first: as
             :class:`torch.nn.LSTM`; ``train`` switches every kind of dropout.
-        lengths, layer_norm, eps, zoneout, recurrent_dropout, weight_dropout, bptt, grad_clip,
-            return_all_states: see :class:`Extras`.
+        extras: ``lengths, layer_norm, eps, zoneout, recurrent_dropout, weight_dropout, bptt,
+            grad_clip, return_all_states``; see :class:`Extras`.
 
     Returns:
         ``(output, h_n, c_n)``, and with ``return_all_states`` a pair of all h ``[layers *
@@ -129,20 +141,10 @@ def lstm(
     (DropConnect). Random masks are functions of seeds drawn from torch's generator.
     """
     shape = Shape(has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    extras = Extras(
-        lengths,
-        layer_norm,
-        eps,
-        zoneout,
-        recurrent_dropout,
-        weight_dropout,
-        bptt,
-        grad_clip,
-        return_all_states,
-    )
-    return _recurrent("lstm", "lstm", input, hx, params, shape, extras)
+    return _recurrent("lstm", "lstm", input, hx, params, shape, Extras(**extras))
 
 
+@_with_extras
 def gru(
     input: Input,
     hx: Tensor | None,
@@ -153,16 +155,7 @@ def gru(
     train: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-    *,
-    lengths: Tensor | None = None,
-    layer_norm: Sequence[Tensor] | None = None,
-    eps: float = 1e-5,
-    zoneout: float = 0.0,
-    recurrent_dropout: float = 0.0,
-    weight_dropout: float = 0.0,
-    bptt: int | None = None,
-    grad_clip: float | None = None,
-    return_all_states: bool = False,
+    **extras: Any,
 ) -> tuple[Any, ...]:
     r"""Gated recurrent units over whole sequences, as ``torch.gru``.
 
@@ -178,20 +171,10 @@ def gru(
     Source: Cho et al. 2014, with the reset gate after the product; Ba et al. 2016, eq. 23-25.
     """
     shape = Shape(has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    extras = Extras(
-        lengths,
-        layer_norm,
-        eps,
-        zoneout,
-        recurrent_dropout,
-        weight_dropout,
-        bptt,
-        grad_clip,
-        return_all_states,
-    )
-    return _recurrent("gru", "gru", input, hx, params, shape, extras)
+    return _recurrent("gru", "gru", input, hx, params, shape, Extras(**extras))
 
 
+@_with_extras
 def rnn(
     input: Input,
     hx: Tensor | None,
@@ -204,13 +187,7 @@ def rnn(
     batch_first: bool = False,
     *,
     nonlinearity: str = "tanh",
-    lengths: Tensor | None = None,
-    zoneout: float = 0.0,
-    recurrent_dropout: float = 0.0,
-    weight_dropout: float = 0.0,
-    bptt: int | None = None,
-    grad_clip: float | None = None,
-    return_all_states: bool = False,
+    **extras: Any,
 ) -> tuple[Any, ...]:
     r"""The Elman network over whole sequences, as ``torch.rnn_tanh`` and ``torch.rnn_relu``.
 
@@ -223,18 +200,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     shape = Shape(has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    extras = Extras(
-        lengths,
-        None,
-        1e-5,
-        zoneout,
-        recurrent_dropout,
-        weight_dropout,
-        bptt,
-        grad_clip,
-        return_all_states,
-    )
-    return _recurrent("rnn", nonlinearity, input, hx, params, shape, extras)
+    return _recurrent("rnn", nonlinearity, input, hx, params, shape, Extras(**extras))
 
 
 def _recurrent(
@@ -254,7 +220,7 @@ def _recurrent(
     data: Tensor = input.data if packed else input  # type: ignore[assignment]
     states: list[Tensor] = [] if hx is None else list(hx) if kind == "lstm" else [hx]
     tensors = [data, *states, *params, *(extras.layer_norm or ())]
-    plain = extras._replace(eps=1e-5) == Extras()
+    plain = extras[3:] == _NO_EXTRAS[3:] and extras.lengths is None and extras.layer_norm is None
     if plain and is_foreign(*tensors):
         note(name, "torch", "a tensor subclass, layout or trace that torch must handle")
         return _by_torch(kind, input, states, params, shape)
@@ -490,17 +456,17 @@ def _layer(
     shape: Shape,
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A layer in one direction: the input's gates of all steps at once, then the recurrence."""
+    """A layer in one direction: masks drawn, the input's gates normalized, then one op."""
+    weight_ih: Tensor | None
     weight_ih, weight_hh, *rest = weights
     bias_ih, bias_hh = (rest[0], rest[1]) if shape.has_biases else (None, None)
     weight_hr = rest[-1] if len(rest) % 2 else None
-    if kind != "gru" and bias_ih is not None and bias_hh is not None:
-        bias_ih, bias_hh = bias_ih + bias_hh, None
     if norms:
-        gates = F.linear(x, weight_ih)
-        gates = _layer_norm(gates, (gates.shape[-1],), norms[0], bias_ih, extras.eps)
-    else:
-        gates = F.linear(x, weight_ih, bias_ih)
+        if kind == "lstm" and bias_ih is not None and bias_hh is not None:
+            bias_ih, bias_hh = bias_ih + bias_hh, None
+        x = F.linear(x, weight_ih)
+        x = _layer_norm(x, (x.shape[-1],), norms[0], bias_ih, extras.eps)
+        weight_ih = bias_ih = None
     _, norm_hh, norm_c, bias_c = (*norms, None, None, None, None)[:4]
 
     keep, seed = None, None
@@ -513,7 +479,6 @@ def _layer(
     zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
     if shape.train and (zoneout_h or zoneout_c):
         seed = draw_seed(x.device)
-    parameters = Parameters(weight_hh.contiguous(), bias_hh, weight_hr, norm_hh, norm_c, bias_c)
     options = Options(
         kind,
         direction == 1,
@@ -523,20 +488,19 @@ def _layer(
         extras.bptt or 0,
         extras.grad_clip or 0.0,
     )
-    call = (gates, h0, c0, *parameters, lengths, seed, keep)
+    biases = (bias_ih, bias_hh)
+    parameters = (weight_ih, weight_hh.contiguous(), *biases, weight_hr, norm_hh, norm_c, bias_c)
+    layer = Layer(x, h0, c0, *parameters, lengths, seed, keep)
     if is_transformed():
         note(kind, "reference", "torch.func or forward-mode AD")
-        made = reference.sequence(gates, h0, c0, parameters, lengths, seed, keep, options)
-        return made[:4]
-    if records_gradient(gates, h0, c0, *parameters):
+        return layer_by_reference(layer, options)
+    if records_gradient(*layer):
         recorded: tuple[Tensor, Tensor, Tensor, Tensor] = RecurrentFunction.apply(  # type: ignore[no-untyped-call]
-            *call, options
+            *layer, options
         )
         return recorded
-    output: tuple[Tensor, Tensor, Tensor, Tensor] = forward_op(
-        *call, *options[:5], extras.return_all_states
-    )[:4]
-    return output
+    made: Any = forward_layer(layer, options, extras.return_all_states)
+    return made[:4]  # type: ignore[no-any-return]
 
 
 def _dropped(tensor: Tensor, probability: float) -> Tensor:

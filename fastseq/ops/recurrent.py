@@ -1,9 +1,10 @@
-"""The recurrent ops: schemas, fakes, candidates, autograd.
+"""The recurrent ops: schemas, fakes, candidates.
 
 A forward and a backward op run one layer in one direction through all its steps, from the input's
-gates, which are one library product made before. The backward leaves the gradients of these gates,
-of which those of the weights are one library product each made after. With layer norm the norm of
-the input's gates happens before too; those of the hidden gates and of the cell are inside.
+gates, which are one product made before. The backward leaves the gradients of these gates, of which
+those of the weights are one product each made after: ``recurrent_layer.py`` has both, and autograd.
+With layer norm the norm of the input's gates happens before too; those of the hidden gates and of
+the cell are inside.
 
 A result that a call does not have is an empty tensor. The public functions are in
 ``fastseq/functional/recurrent.py``; single steps in ``recurrent_cell.py``.
@@ -11,7 +12,6 @@ A result that a call does not have is an empty tensor. The public functions are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -353,187 +353,3 @@ backward_op = define_op(
         Candidate("reference", _backward_by_reference),
     ),
 )
-
-
-# --- autograd ------------------------------------------------------------------------------------
-
-
-class RecurrentFunction(torch.autograd.Function):
-    """Saves the activated gates and the cells; one product a weight gives its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates_x: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        weight_hh: Tensor,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
-        norm_hh: Tensor | None,
-        norm_c: Tensor | None,
-        bias_c: Tensor | None,
-        lengths: Tensor | None,
-        seed: Tensor | None,
-        keep: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parameters = (weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c)
-        output, h_n, c_n, cells, *saved = forward_op(
-            gates_x, h0, c0, *parameters, lengths, seed, keep, *options[:5], True
-        )
-        ctx.save_for_backward(
-            gates_x, h0, c0, *parameters, lengths, seed, keep, output, cells, *saved
-        )
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return output, h_n, c_n, cells
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, options, needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
-        if all(grad is None for grad in grads):
-            return (None,) * 13
-        # With create_graph the gradient must be differentiable itself: the reference is.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable(saved[:12], options, needs, grads), *(None,) * 4)
-        gates_x, h0, c0, *parameters, lengths, seed, keep, output, cells = saved[:14]
-        gates, normalized, statistics = saved[14:]
-        weight_hh, _, weight_hr, norm_hh, norm_c, bias_c = parameters
-        if c0 is None:
-            grads = (*grads[:2], None, None)
-        grad_gates_x, grad_gates_h, grad_h0, grad_c0, projected, rows = backward_op(
-            gates,
-            *grads,
-            output,
-            cells,
-            normalized,
-            statistics,
-            h0,
-            c0,
-            weight_hh,
-            weight_hr,
-            norm_hh,
-            norm_c,
-            bias_c,
-            lengths,
-            seed,
-            keep,
-            *options[:4],
-            *options[5:],
-        )
-        if norm_hh is None and options.kind != "gru":
-            grad_gates_h = grad_gates_x
-        made = _Made(output, cells, gates, statistics, h0, c0, lengths, keep)
-        return (
-            grad_gates_x if needs[0] else None,
-            grad_h0 if needs[1] else None,
-            grad_c0 if needs[2] else None,
-            _grad_weight_hh(grad_gates_h, made, options) if needs[3] else None,
-            _grad_bias_hh(grad_gates_h, rows, norm_hh) if needs[4] else None,
-            _grad_weight_hr(projected, made, norm_c, bias_c, options) if needs[5] else None,
-            *_grad_norms(rows, gates_x.shape[-1], (norm_hh, norm_c, bias_c), needs[6:9]),
-            *(None,) * 4,
-        )
-
-
-class _Made(NamedTuple):
-    """What the forward of a layer-direction left, and what it started from."""
-
-    output: Tensor
-    cells: Tensor
-    gates: Tensor
-    statistics: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    lengths: Tensor | None
-    keep: Tensor | None
-
-
-def _grad_weight_hh(grad_gates: Tensor, made: _Made, options: Options) -> Tensor:
-    """The sum over steps of ``grad_gates[t]^T h[t - 1]``, of all steps but the first at once.
-
-    The first starts from ``h0``; where rows differ in their first step, or h is masked before the
-    product, all of them are written down beforehand.
-    """
-    output, reverse = made.output, options.reverse
-    if made.keep is not None or (made.lengths is not None and reverse):
-        before = reference.hidden_before(output, made.h0, made.lengths, reverse, made.keep)
-        return grad_gates.flatten(0, 1).t() @ before.flatten(0, 1)
-    first = grad_gates[-1 if reverse else 0].t()
-    if output.shape[0] == 1:
-        return first @ made.h0
-    later, before = (grad_gates[:-1], output[1:]) if reverse else (grad_gates[1:], output[:-1])
-    return (later.flatten(0, 1).t() @ before.flatten(0, 1)).addmm_(first, made.h0)
-
-
-def _grad_bias_hh(grad_gates: Tensor, rows: Tensor, norm_hh: Tensor | None) -> Tensor:
-    if norm_hh is None:
-        return grad_gates.sum((0, 1))
-    width = grad_gates.shape[-1]
-    return rows[:, width : 2 * width].sum(0).to(norm_hh.dtype)
-
-
-def _grad_weight_hr(
-    projected: Tensor, made: _Made, norm_c: Tensor | None, bias_c: Tensor | None, options: Options
-) -> Tensor:
-    """As of any linear layer, from its input ``o tanh(c)``, which is computed again."""
-    compute = made.cells.dtype
-    i, f, g, o = made.gates.to(compute).chunk(4, -1)
-    cells = made.cells
-    if options.zoneout_c:
-        assert made.c0 is not None
-        start = (made.c0, made.lengths, options.reverse, None)
-        cells = f * reference.hidden_before(made.cells, *start) + i * g
-    if norm_c is not None:
-        cells = (cells - made.statistics[..., 1:2]) * made.statistics[..., 2:] * norm_c
-        cells = cells if bias_c is None else cells + bias_c
-    unprojected = (o * cells.tanh()).to(projected.dtype)
-    return projected.flatten(0, 1).t() @ unprojected.flatten(0, 1)
-
-
-def _grad_norms(
-    rows: Tensor,
-    width: int,
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Of norm_hh, norm_c and bias_c."""
-    hidden = 0 if parameters[0] is None else rows.shape[1] // 2 - width
-    starts = ((0, width), (2 * width, hidden), (2 * width + hidden, hidden))
-    return tuple(
-        rows[:, start : start + size].sum(0).to(parameter.dtype)
-        if parameter is not None and want
-        else None
-        for (start, size), parameter, want in zip(starts, parameters, wanted, strict=True)
-    )
-
-
-def _differentiable(
-    inputs: tuple[Tensor | None, ...],
-    options: Options,
-    wanted: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the first nine inputs that can be differentiated again: the reference's."""
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    gates_x, h0, c0 = aliases[:3]
-    lengths, seed, keep = aliases[9:]
-    states = reference.sequence(
-        gates_x, h0, c0, Parameters(*aliases[3:9]), lengths, seed, keep, options
-    )
-    pairs = [(o, g) for o, g in zip(states[:4], grads, strict=True) if g is not None and o.numel()]
-    chosen = [a for a, want in zip(aliases[:9], wanted, strict=False) if want and a is not None]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            chosen,
-            [grad for _, grad in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(
-        next(found) if want and alias is not None else None
-        for alias, want in zip(aliases[:9], wanted, strict=False)
-    )

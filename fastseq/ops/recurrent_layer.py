@@ -1,0 +1,307 @@
+"""A recurrent layer in one direction: the products around the recurrent ops, and autograd.
+
+One node of the graph for all of it: of a small layer a node costs as much as its arithmetic. For
+the same reason the products of small layers are kernels of our own, one call for all gradients;
+elsewhere they are the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _extension
+from ..backends import current_backend
+from ..reference import recurrent as reference
+from ..reference.recurrent import Options, Parameters
+from ._op import _is_plain, extension_op
+from .recurrent import backward_op, forward_op
+
+_extension_input_gates = extension_op("recurrent_input_gates")
+_extension_gradients = extension_op("recurrent_gradients")
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Layer(NamedTuple):
+    """The tensors of a call: ``x [T, B, I]`` contiguous, states, parameters, what goes with them.
+
+    Attributes:
+        x: the input; where ``weight_ih`` is None, the input's gates ``[T, B, G H]`` themselves.
+        weight_ih: ``[G H, I]``.
+        bias_ih, bias_hh: ``[G H]`` each, or None.
+        h0, c0: ``[B, P]`` and ``[B, H]``, contiguous.
+        weight_hh, weight_hr, norm_hh, norm_c, bias_c: see ``Parameters`` of the reference.
+        lengths, seed, keep: see ``sequence`` of the reference.
+    """
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weight_ih: Tensor | None
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    norm_hh: Tensor | None
+    norm_c: Tensor | None
+    bias_c: Tensor | None
+    lengths: Tensor | None
+    seed: Tensor | None
+    keep: Tensor | None
+
+
+#: So many of them can be differentiated.
+_INPUTS = 11
+
+
+def forward_layer(layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
+    """What the forward op makes; ``save`` asks for what the backward needs, and for the cells."""
+    made: tuple[Tensor, ...] = forward_op(
+        _input_gates(layer, options.kind),
+        layer.h0,
+        layer.c0,
+        *_parameters(layer, options.kind),
+        *layer[_INPUTS:],
+        *options[:5],
+        save,
+    )
+    return made
+
+
+def _parameters(layer: Layer, kind: str) -> Parameters:
+    """Those of the recurrence. Only of a GRU does bias_hh belong to it."""
+    bias_hh = layer.bias_hh if kind == "gru" else None
+    return Parameters(layer.weight_hh, bias_hh, *layer[7:_INPUTS])
+
+
+def _input_gates(layer: Layer, kind: str) -> Tensor:
+    """Of all steps at once, with the biases that belong to them."""
+    x, weight_ih, bias_ih = layer.x, layer.weight_ih, layer.bias_ih
+    if weight_ih is None:
+        return x
+    bias_hh = None if kind == "gru" else layer.bias_hh
+    if _is_small(x, weight_ih):
+        gates: Tensor = _extension_input_gates(x, weight_ih, bias_ih, bias_hh)
+        return gates
+    both = bias_ih if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+    return F.linear(x, weight_ih, both)
+
+
+#: Multiplications of a product up to which ours is the one that is called. Measured on one core of
+#: an AVX-512 EPYC against MKL: at 0.5 to 8 million 0.75 to 0.95 of its time, and a call for five.
+_SMALL = 1 << 23
+
+
+def _is_small(x: Tensor, weight_ih: Tensor) -> bool:
+    """Whether the products around the recurrence are those of ``csrc/cpu/recurrent_small.h``."""
+    return (
+        x.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() * weight_ih.shape[0] <= _SMALL
+        and x.is_contiguous()
+        and weight_ih.is_contiguous()
+        and current_backend() in ("auto", "cpu")
+        and _extension.UNAVAILABLE is None
+        and _is_plain(x)
+        and _is_plain(weight_ih)
+    )
+
+
+def layer_by_reference(layer: Layer, options: Options) -> Results:
+    """Output, h_n, c_n, cells by functions that can be transformed and differentiated."""
+    x, kind, bias = layer.x, options.kind, layer.bias_ih
+    if layer.weight_ih is not None:
+        if kind != "gru" and bias is not None and layer.bias_hh is not None:
+            bias = bias + layer.bias_hh
+        x = F.linear(x, layer.weight_ih, bias)
+    parameters = _parameters(layer, kind)
+    made = reference.sequence(
+        x, layer.h0, layer.c0, parameters, layer.lengths, layer.seed, layer.keep, options
+    )
+    return made[:4]
+
+
+class RecurrentFunction(torch.autograd.Function):
+    """Saves the activated gates and the cells; one product a weight gives its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        layer, options = Layer(*arguments[:-1]), arguments[-1]
+        output, h_n, c_n, cells, *saved = forward_layer(layer, options, True)
+        ctx.save_for_backward(*layer, output, cells, *saved)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n, cells
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, options, needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
+        rest = (None,) * (len(needs) - _INPUTS)
+        layer, made = Layer(*saved[:14]), _Made(*saved[14:])
+        if all(grad is None for grad in grads):
+            return (None,) * len(needs)
+        # With create_graph the gradient must be differentiable itself: the reference is.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_differentiable(layer, options, needs, grads), *rest)
+        if layer.c0 is None:
+            grads = (*grads[:2], None, None)
+        gates_x, gates_h, h0, c0, projected, rows = backward_op(
+            made.gates,
+            *grads,
+            made.output,
+            made.cells,
+            made.normalized,
+            made.statistics,
+            layer.h0,
+            layer.c0,
+            layer.weight_hh,
+            *layer[7:],
+            *options[:4],
+            *options[5:],
+        )
+        if layer.norm_hh is None and options.kind != "gru":
+            gates_h = gates_x
+        x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
+            gates_x, gates_h, rows, layer, made.output, options, needs
+        )
+        return (
+            x,
+            h0 if needs[1] else None,
+            c0 if needs[2] else None,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            _grad_weight_hr(projected, made, layer, options) if needs[7] else None,
+            *(_grad_norms(rows, layer, needs) if layer.norm_hh is not None else (None,) * 3),
+            *rest,
+        )
+
+
+class _Made(NamedTuple):
+    """What the forward left; see ``States`` of the reference."""
+
+    output: Tensor
+    cells: Tensor
+    gates: Tensor
+    normalized: Tensor
+    statistics: Tensor
+
+
+def _gradients(
+    gates_x: Tensor,
+    gates_h: Tensor,
+    rows: Tensor,
+    layer: Layer,
+    output: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight_ih, weight_hh, bias_ih and bias_hh, from those of the gates.
+
+    A bias that is added to the input's gates has the gradient of the other one.
+    """
+    x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
+    shared = options.kind != "gru" and layer.norm_hh is None
+    bias_ih = needs[5] or (shared and needs[6])
+    # Where a row's first step is not that of all, or h is masked, its operand is written down.
+    irregular = layer.keep is not None or (layer.lengths is not None and reverse)
+    if weight_ih is not None and not irregular and _is_small(x, weight_ih):
+        wanted = needs[0] + 2 * needs[3] + 4 * needs[4] + 8 * bias_ih + 16 * (needs[6] > shared)
+        made = _extension_gradients(
+            gates_x, gates_h, x, weight_ih, output, layer.h0, reverse, wanted
+        )
+    else:
+        flat, made = gates_x.flatten(0, 1), [gates_x] * 5
+        if weight_ih is not None:
+            made[0] = gates_x @ weight_ih if needs[0] else gates_x
+            made[1] = flat.t() @ x.flatten(0, 1) if needs[3] else flat
+        if needs[4]:
+            made[2] = _grad_weight_hh(gates_h, layer, output, irregular, reverse)
+        if bias_ih:
+            made[3] = flat.sum(0)
+        if needs[6] and not shared:
+            made[4] = _grad_bias_hh(gates_h, rows, layer.norm_hh)
+    return (
+        made[0] if needs[0] else None,
+        made[1] if needs[3] else None,
+        made[2] if needs[4] else None,
+        made[3] if needs[5] else None,
+        made[3 if shared else 4] if needs[6] else None,
+    )
+
+
+def _grad_weight_hh(
+    grad_gates: Tensor, layer: Layer, output: Tensor, irregular: bool, reverse: bool
+) -> Tensor:
+    """The sum over steps of ``grad_gates[t]^T h[t - 1]``, of all steps but the first at once,
+    which starts from ``h0``."""
+    if irregular:
+        before = reference.hidden_before(output, layer.h0, layer.lengths, reverse, layer.keep)
+        return grad_gates.flatten(0, 1).t() @ before.flatten(0, 1)
+    first = grad_gates[-1 if reverse else 0].t()
+    if output.shape[0] == 1:
+        return first @ layer.h0
+    later, before = (grad_gates[:-1], output[1:]) if reverse else (grad_gates[1:], output[:-1])
+    return (later.flatten(0, 1).t() @ before.flatten(0, 1)).addmm_(first, layer.h0)
+
+
+def _grad_bias_hh(grad_gates: Tensor, rows: Tensor, norm_hh: Tensor | None) -> Tensor:
+    if norm_hh is None:
+        return grad_gates.sum((0, 1))
+    width = grad_gates.shape[-1]
+    return rows[:, width : 2 * width].sum(0).to(norm_hh.dtype)
+
+
+def _grad_weight_hr(projected: Tensor, made: _Made, layer: Layer, options: Options) -> Tensor:
+    """As of any linear layer, from its input ``o tanh(c)``, which is computed again."""
+    compute = made.cells.dtype
+    i, f, g, o = made.gates.to(compute).chunk(4, -1)
+    cells = made.cells
+    if options.zoneout_c:
+        assert layer.c0 is not None
+        start = (layer.c0, layer.lengths, options.reverse, None)
+        cells = f * reference.hidden_before(made.cells, *start) + i * g
+    if layer.norm_c is not None:
+        cells = (cells - made.statistics[..., 1:2]) * made.statistics[..., 2:] * layer.norm_c
+        cells = cells if layer.bias_c is None else cells + layer.bias_c
+    unprojected = (o * cells.tanh()).to(projected.dtype)
+    return projected.flatten(0, 1).t() @ unprojected.flatten(0, 1)
+
+
+def _grad_norms(rows: Tensor, layer: Layer, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Of norm_hh, norm_c and bias_c."""
+    width = layer.weight_hh.shape[0]
+    hidden = rows.shape[1] // 2 - width
+    starts = ((0, width), (2 * width, hidden), (2 * width + hidden, hidden))
+    return tuple(
+        rows[:, start : start + size].sum(0).to(parameter.dtype)
+        if parameter is not None and want
+        else None
+        for (start, size), parameter, want in zip(starts, layer[8:11], needs[8:11], strict=True)
+    )
+
+
+def _differentiable(
+    layer: Layer, options: Options, needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs that can be differentiated again: the reference's."""
+    viewed: list[Any] = [None if t is None else t.view_as(t) for t in layer]
+    aliases = Layer(*viewed)
+    results = layer_by_reference(aliases, options)
+    pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None and o.numel()]
+    inputs = list(zip(aliases[:_INPUTS], needs, strict=False))
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            [alias for alias, want in inputs if want and alias is not None],
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if want and alias is not None else None for alias, want in inputs)
