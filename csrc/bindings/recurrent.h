@@ -1,6 +1,9 @@
 // The ops of the recurrent family: outputs allocated, the problem filled in, a kernel launched.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "../cpu/instruction_set.h"
 #include "../cuda/recurrent_plan.h"
 #include "common.h"
@@ -71,21 +74,42 @@ void fill_layer(Recurrent& problem, const Tensor& weight_hh, const MaybeTensor& 
   problem.threshold_c = static_cast<uint32_t>(threshold_c);
 }
 
-// Packs the weights, if there are any, and runs kernel(begin, end) over ranges of rows.
-template <class Kernel>
-void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Kernel kernel) {
+// Multiplications of a step from which a share of it outlasts the meeting after it.
+constexpr int64_t kTeamWork = 1 << 15;
+
+// Packs the weights, if there are any, and has the rows run: rows(begin, end) by ranges, or all of
+// them by a team.
+template <class Rows, class Members>
+void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Rows rows,
+                   Members members) {
   const RecurrentCpu& kernels = *instruction_set().recurrent;
+  const auto aligned = [](const Tensor& tensor) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(tensor.data_ptr()) + 63) / 64 * 64);
+  };
   const int64_t gates = gates_of(problem.cell) * problem.hidden;
   int64_t work = 16 * gates;  // of a row
   MaybeTensor packed;
   if (problem.weight_hh != nullptr) {
     packed = empty({kernels.packed_bytes(problem, backward) + 64}, ScalarType::Char, like);
-    const auto address = reinterpret_cast<uintptr_t>(packed->data_ptr());
-    problem.packed = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    problem.packed = aligned(*packed);
     kernels.pack(problem, backward);
     work = problem.steps * gates * problem.state;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t most = std::min(threads, kernels.most_members(problem, backward));
+    if (most > 1 && problem.batch < threads && problem.batch > 0 && problem.steps > 1 &&
+        problem.batch * gates * problem.state >= kTeamWork) {
+      const int64_t bytes = kernels.team_bytes(problem, backward);
+      const Tensor scratch = empty({bytes + 64}, ScalarType::Char, like);
+      std::memset(scratch.data_ptr(), 0, static_cast<size_t>(bytes + 64));
+      Meeting meeting;
+      torch::stable::parallel_for(0, most, 1, [&](int64_t begin, int64_t end) {
+        Team team{begin, end, most, &meeting, aligned(scratch)};
+        if (team.gather()) members(team);
+      });
+      return;
+    }
   }
-  parallel(problem.batch, 1 + 65536 / work, kernel);
+  parallel(problem.batch, 1 + 65536 / work, rows);
 }
 
 // ---- persistent CUDA kernels --------------------------------------------------------------------
@@ -169,9 +193,11 @@ void solve(RecurrentForward& problem, const Tensor& like, [[maybe_unused]] bool 
   if (like.is_cuda())
     return run_persistent("recurrent", problem, like, false, tf32, recurrent_forward_cuda);
 #endif
-  run_recurrent(problem, false, like, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->forward(problem, begin, end);
-  });
+  const RecurrentCpu& kernels = *instruction_set().recurrent;
+  run_recurrent(
+      problem, false, like,
+      [&](int64_t begin, int64_t end) { kernels.forward(problem, begin, end); },
+      [&](const Team& team) { kernels.forward_team(problem, team); });
 }
 
 void solve(RecurrentBackward& problem, const Tensor& like, [[maybe_unused]] bool tf32) {
@@ -179,9 +205,11 @@ void solve(RecurrentBackward& problem, const Tensor& like, [[maybe_unused]] bool
   if (like.is_cuda())
     return run_persistent("recurrent backward", problem, like, true, tf32, recurrent_backward_cuda);
 #endif
-  run_recurrent(problem, true, like, [&](int64_t begin, int64_t end) {
-    instruction_set().recurrent->backward(problem, begin, end);
-  });
+  const RecurrentCpu& kernels = *instruction_set().recurrent;
+  run_recurrent(
+      problem, true, like,
+      [&](int64_t begin, int64_t end) { kernels.backward(problem, begin, end); },
+      [&](const Team& team) { kernels.backward_team(problem, team); });
 }
 
 Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,

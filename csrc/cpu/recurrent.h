@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../recurrent.h"
+#include "team.h"
 
 namespace fastseq {
 
@@ -13,6 +14,12 @@ struct RecurrentCpu {
   void (*pack)(const Recurrent& args, bool backward);
   void (*forward)(const RecurrentForward& args, int64_t begin, int64_t end);
   void (*backward)(const RecurrentBackward& args, int64_t begin, int64_t end);
+  // All rows by the threads of a team, of which there are most_members at most (1: none), and the
+  // zeros that it shares.
+  int64_t (*most_members)(const Recurrent& args, bool backward);
+  int64_t (*team_bytes)(const Recurrent& args, bool backward);
+  void (*forward_team)(const RecurrentForward& args, const Team& team);
+  void (*backward_team)(const RecurrentBackward& args, const Team& team);
   // The products around the loop, for small layers: bytes of what is packed, the packing; the
   // input's gates (rows of all steps), the weights' gradients (rows of the gates), the input's.
   int64_t (*products_bytes)(const RecurrentProducts& args);

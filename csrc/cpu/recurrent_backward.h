@@ -17,18 +17,23 @@ struct BackwardRows {
   static constexpr bool kLstm = kCell == Cell::lstm;
 
   const RecurrentBackward& a;
+  const Team& team;
   const Weights<T> weights;
   const int64_t begin, rows, H, P;
   const int64_t pitch, gate_pitch;
+  const int64_t from, to, to_state;  // this thread's units, and elements of the state
   Active active;
   // Gradients of the rows at hand: of h and c, as they come from the step after; of h as a step
   // made it; of what was projected; of h beside the recurrent product; of the gates and of that
   // product, [GH]. And of a row, what its cell was, what its tanh was taken of, and a scratch row.
-  T *h, *c, *made, *unprojected, *direct, *back, *gates, *cell_row, *squash_row, *scratch_row,
+  // Of the gates there are two, of which a team's next step fills the one that nobody reads.
+  T *h, *c, *made, *unprojected, *direct, *back, *gates[2], *cell_row, *squash_row, *scratch_row,
       *first_row;
+  M* low[2] = {nullptr, nullptr};  // the gates in bf16, where the product is one of pairs
 
-  BackwardRows(const RecurrentBackward& args, int64_t first, int64_t last)
+  BackwardRows(const RecurrentBackward& args, int64_t first, int64_t last, const Team& team)
       : a(args),
+        team(team),
         weights(args, true),
         begin(first),
         rows(last - first),
@@ -37,19 +42,32 @@ struct BackwardRows {
         pitch(weights.projection.row() > weights.hidden.row() ? weights.projection.row()
                                                               : weights.hidden.row()),
         gate_pitch((G * H + lanes<T> - 1) / lanes<T> * lanes<T>),
+        from(cut(team.begin(weights.hidden.tiles), H)),
+        to(cut(team.end(weights.hidden.tiles), H)),
+        to_state(team.total == 1 ? P : to),
         active(first, last) {
-    Carver<T> carver(rows * (6 * pitch + gate_pitch) + 4 * pitch + gate_pitch);
+    Carver<T> carver(rows * (6 * pitch + 3 * gate_pitch) + 4 * pitch + gate_pitch, team);
     h = carver.take(rows * pitch);
     c = carver.take(rows * pitch);
     made = carver.take(rows * pitch);
     unprojected = a.weight_hr == nullptr ? made : carver.take(rows * pitch);
     direct = carver.take(rows * pitch);
     back = carver.take(rows * pitch);
-    gates = carver.take(rows * gate_pitch);
+    gates[0] = gates[1] = carver.take(rows * gate_pitch);
+    if (team.total > 1) gates[1] = carver.take(rows * gate_pitch);
+    if (weights.hidden.pairs) {
+      low[0] = reinterpret_cast<M*>(carver.take(rows * gate_pitch));
+      low[1] = low[0] + rows * gate_pitch;
+    }
     cell_row = carver.take(pitch);
     squash_row = carver.take(pitch);
     scratch_row = carver.take(gate_pitch);
     first_row = carver.take(pitch);
+  }
+
+  // The unit at which a tile of the product begins; the last one ends with the units.
+  int64_t cut(int64_t tile, int64_t end) const {
+    return tile == weights.hidden.tiles ? end : weights.hidden.begin(tile);
   }
 
   static const M* at(const void* data, int64_t element) {
@@ -61,17 +79,19 @@ struct BackwardRows {
   void run() {
     for (int64_t i = 0; i < rows; ++i) {
       if (a.grad_h_n != nullptr)
-        convert_row(at(a.grad_h_n, (begin + i) * P), a.dtype, h + i * pitch, P);
+        convert_row(at(a.grad_h_n, (begin + i) * P + from), a.dtype, h + i * pitch + from,
+                    to_state - from);
       if (kLstm && a.grad_c_n != nullptr)
-        convert_row(at(a.grad_c_n, (begin + i) * H), a.dtype, c + i * pitch, H);
+        convert_row(at(a.grad_c_n, (begin + i) * H + from), a.dtype, c + i * pitch + from,
+                    to - from);
     }
     if (a.grad_rows != nullptr)
       std::memset(static_cast<T*>(a.grad_rows) + begin * row_sums_size(), 0,
                   static_cast<size_t>(rows * row_sums_size()) * sizeof(T));
     for (int64_t n = a.steps - 1; n >= 0; --n) step(n, a.reverse ? a.steps - 1 - n : n);
     for (int64_t i = 0; i < rows; ++i) {
-      write(a.grad_h0, (begin + i) * P, h + i * pitch, P);
-      if (kLstm) write(a.grad_c0, (begin + i) * H, c + i * pitch, H);
+      write(a.grad_h0, (begin + i) * P + from, h + i * pitch + from, to_state - from);
+      if (kLstm) write(a.grad_c0, (begin + i) * H + from, c + i * pitch + from, to - from);
     }
   }
 
@@ -84,17 +104,28 @@ struct BackwardRows {
 
   void step(int64_t n, int64_t t) {
     const bool odd = n % 2 == 1;
-    active.select(a.lengths, t, rows, [&](int64_t i) { clear(t, i); });
+    active.select(a.lengths, t, rows, [&](int64_t i) {
+      if (team.is_first()) clear(t, i);
+    });
     for (int64_t k = 0; k < active.count; ++k) arrive(t, active.index[k]);
     if (a.weight_hr != nullptr)
-      multiply_all(weights.projection, weights.packed_projection, active.count, active.index, made,
-                   pitch, odd, unprojected, [](int64_t) {});
-    for (int64_t k = 0; k < active.count; ++k) units(t, active.index[k]);
-    const bool cut = a.bptt > 0 && n > 0 && n % a.bptt == 0;
-    if (a.weight_hh != nullptr && !cut)
-      multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, gates,
-                   gate_pitch, odd, back, [](int64_t) {});
-    for (int64_t k = 0; k < active.count; ++k) leave(active.index[k], cut);
+      multiply_tiles(weights.projection, 0, weights.projection.tiles, weights.packed_projection,
+                     active.count, active.index, made, pitch, odd, unprojected, [](int64_t) {});
+    for (int64_t k = 0; k < active.count; ++k) units(odd, t, active.index[k]);
+    team.meet();
+    const bool is_cut = a.bptt > 0 && n > 0 && n % a.bptt == 0;
+    if (a.weight_hh != nullptr && !is_cut) {
+      const T* operand = gates[odd];
+      int64_t operand_pitch = gate_pitch;
+      if (low[odd] != nullptr) {
+        operand = reinterpret_cast<const T*>(low[odd]);
+        operand_pitch = gate_pitch / 2;
+      }
+      const int64_t tiles = weights.hidden.tiles;
+      multiply_tiles(weights.hidden, team.begin(tiles), team.end(tiles), weights.packed_hidden,
+                     active.count, active.index, operand, operand_pitch, odd, back, [](int64_t) {});
+    }
+    for (int64_t k = 0; k < active.count; ++k) leave(active.index[k], is_cut);
   }
 
   void clear(int64_t t, int64_t i) {
@@ -114,7 +145,7 @@ struct BackwardRows {
         a.grad_output.data == nullptr
             ? nullptr
             : at(a.grad_output.data, t * a.grad_output.stride_t + b * a.grad_output.stride_b);
-    for (int64_t u = 0; u < P; u += lanes<T>) {
+    for (int64_t u = from; u < to_state; u += lanes<T>) {
       V<T> total = load(h + i * pitch + u), straight{};
       if (given != nullptr) total += read(given + u, P - u);
       if (a.zoneout_h != 0) {
@@ -131,26 +162,27 @@ struct BackwardRows {
     }
   }
 
-  // All gates of a row.
-  void units(int64_t t, int64_t i) {
+  // All gates of a row's units.
+  void units(bool odd, int64_t t, int64_t i) {
     const int64_t b = begin + i, place = t * a.batch + b;
     const M* const saved = at(a.gates, place * S * H);
     M* const gates_x = at(a.grad_gates_x, place * G * H);
     const T* const grad_h =
         a.weight_hr == nullptr ? made + i * pitch : unprojected + i * weights.projection.row();
-    T* const operand = gates + i * gate_pitch;
+    T* const operand = gates[odd] + i * gate_pitch;
+    M* const operand_low = low[odd] == nullptr ? nullptr : low[odd] + i * gate_pitch;
     const int64_t before = t + (a.reverse ? 1 : -1);
     const int64_t length = a.lengths == nullptr || a.lengths[b] > a.steps ? a.steps : a.lengths[b];
     const bool is_first = before < 0 || before >= length;
     const T* c_before = nullptr;
     if constexpr (kLstm) {
-      if (is_first) convert_row(at(a.c0, b * H), a.dtype, first_row, H);
+      if (is_first) convert_row(at(a.c0, b * H + from), a.dtype, first_row + from, to - from);
       c_before = is_first ? first_row : static_cast<const T*>(a.cells) + (before * a.batch + b) * H;
       cells(place, c_before, saved);
       if (a.norm_c != nullptr) norm_of_cell(place, b, grad_h, saved);
     }
     const M* const h_before = is_first ? at(a.h0, b * P) : at(a.output, (before * a.batch + b) * P);
-    for (int64_t u = 0; u < H; u += lanes<T>) {
+    for (int64_t u = from; u < to; u += lanes<T>) {
       const int64_t count = H - u;
       V<T> gate[4];
       for (int s = 0; s < S; ++s) gate[s] = read(saved + s * H + u, count);
@@ -187,15 +219,20 @@ struct BackwardRows {
       for (int g = 0; g < G; ++g) store_some<T>(operand + g * H + u, rounded<T, M>(gate[g]), count);
     }
     if (a.norm_hh != nullptr) norm_of_gates(place, b, operand);
-    if (a.grad_gates_h != nullptr)
-      for (int64_t e = 0; e < G * H; e += lanes<T>)
-        store_some<T>(at(a.grad_gates_h, place * G * H + e), load(operand + e), G * H - e);
+    for (int g = 0; g < G && (a.grad_gates_h != nullptr || operand_low != nullptr); ++g)
+      for (int64_t u = from; u < to; u += lanes<T>) {
+        const int64_t e = g * H + u, count = H - u;
+        const V<T> grad = load_some<T>(operand + e, count);
+        if (a.grad_gates_h != nullptr)
+          store_some<T>(at(a.grad_gates_h, place * G * H + e), grad, count);
+        if (operand_low != nullptr) store_some<T>(operand_low + e, grad, count);
+      }
   }
 
   // cell_row: the cell before zoneout; squash_row: its tanh, unless it is normalized first.
   void cells(int64_t place, const T* c_before, const M* saved) {
     const T* const after = static_cast<const T*>(a.cells) + place * H;
-    for (int64_t u = 0; u < H; u += lanes<T>) {
+    for (int64_t u = from; u < to; u += lanes<T>) {
       const int64_t count = H - u;
       V<T> cell = load_some<T>(after + u, count);
       if (a.zoneout_c != 0)
@@ -265,25 +302,25 @@ struct BackwardRows {
   }
 
   // The gradients of the state the step started from.
-  void leave(int64_t i, bool cut) {
+  void leave(int64_t i, bool is_cut) {
     const T bound = static_cast<T>(a.grad_clip);
     const auto clip = [bound](V<T> grad) {
       return bound == 0 ? grad : minimum(splat(bound), maximum(splat(-bound), grad));
     };
     const T* const product = back + i * weights.hidden.row();
-    for (int64_t u = 0; u < P; u += lanes<T>) {
+    for (int64_t u = from; u < to_state; u += lanes<T>) {
       V<T> grad = load(direct + i * pitch + u);
       if (a.weight_hh != nullptr) {
         V<T> through = load(product + u);
         if (a.keep != nullptr) through *= read(at(a.keep, (begin + i) * P + u), P - u);
         grad += through;
       }
-      store(h + i * pitch + u, cut ? V<T>{} : clip(grad));
+      store(h + i * pitch + u, is_cut ? V<T>{} : clip(grad));
     }
     if (!kLstm) return;
-    for (int64_t u = 0; u < H; u += lanes<T>) {
+    for (int64_t u = from; u < to; u += lanes<T>) {
       T* const grad = c + i * pitch + u;
-      store(grad, cut ? V<T>{} : clip(load(grad)));
+      store(grad, is_cut ? V<T>{} : clip(load(grad)));
     }
   }
 };

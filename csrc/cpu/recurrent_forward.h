@@ -14,16 +14,19 @@ struct ForwardRows {
   static constexpr bool kLstm = kCell == Cell::lstm;
 
   const RecurrentForward& a;
+  const Team& team;
   const Weights<T> weights;
   const int64_t begin, rows, H, P;
   const int64_t pitch, gate_pitch, row_pitch;  // of states, of a gate in gates, of gates
   Active active;
-  // States of the rows at hand: h as it is, as the product reads it, and as it will be; c; what is
-  // projected; the hidden gates; a row's c and o while it is normalized.
-  T *h, *operand, *next, *c, *unprojected, *projected, *gates, *cell_row, *o_row;
+  // States of the rows at hand: h as it is, and as it will be; masked, as the product reads it; c;
+  // what is projected; the hidden gates; a row's c and o while it is normalized.
+  T *h, *next, *masked, *c, *unprojected, *projected, *gates, *cell_row, *o_row;
+  M *low, *next_low;  // h and next in bf16, where the product is one of pairs
 
-  ForwardRows(const RecurrentForward& args, int64_t first, int64_t last)
+  ForwardRows(const RecurrentForward& args, int64_t first, int64_t last, const Team& team)
       : a(args),
+        team(team),
         weights(args, false),
         begin(first),
         rows(last - first),
@@ -34,16 +37,21 @@ struct ForwardRows {
         gate_pitch(weights.hidden.pitch()),
         row_pitch(weights.hidden.row()),
         active(first, last) {
-    Carver<T> carver(rows * (6 * pitch + row_pitch) + 2 * pitch);
+    Carver<T> carver(rows * (7 * pitch + row_pitch) + 2 * pitch, team);
     h = carver.take(rows * pitch);
-    operand = a.keep == nullptr ? h : carver.take(rows * pitch);
     next = carver.take(rows * pitch);
+    masked = a.keep == nullptr ? nullptr : carver.take(rows * pitch);
     c = carver.take(rows * pitch);
     unprojected = a.weight_hr == nullptr ? nullptr : carver.take(rows * pitch);
     projected = a.weight_hr == nullptr ? nullptr : carver.take(rows * weights.projection.row());
     gates = carver.take(rows * row_pitch);
     cell_row = carver.take(pitch);
     o_row = carver.take(pitch);
+    low = next_low = nullptr;
+    if (weights.hidden.pairs) {
+      low = reinterpret_cast<M*>(carver.take(rows * pitch));
+      next_low = low + rows * pitch;
+    }
   }
 
   static const M* at(const void* data, int64_t element) {
@@ -53,16 +61,31 @@ struct ForwardRows {
   static V<T> read(const M* p, int64_t count) { return load_some<T>(p, count); }
 
   void run() {
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows && team.is_first(); ++i) {
       convert_row(at(a.h0, (begin + i) * P), a.dtype, h + i * pitch, P);
       if (kLstm) convert_row(at(a.c0, (begin + i) * H), a.dtype, c + i * pitch, H);
       if (a.keep != nullptr) set_operand(i);
+      if (low != nullptr) write(low, i * pitch, h + i * pitch, P);
     }
-    for (int64_t n = 0; n < a.steps; ++n) step(n, a.reverse ? a.steps - 1 - n : n);
-    for (int64_t i = 0; i < rows; ++i) {
+    team.meet();
+    for (int64_t n = 0; n < a.steps; ++n) {
+      step(n, a.reverse ? a.steps - 1 - n : n);
+      team.meet();
+      swap(h, next);
+      swap(low, next_low);
+      for (int64_t m = 0; m < active.count && a.keep != nullptr; ++m) set_operand(active.index[m]);
+    }
+    for (int64_t i = 0; i < rows && team.is_first(); ++i) {
       write(a.h_n, (begin + i) * P, h + i * pitch, P);
       if (kLstm) write(a.c_n, (begin + i) * H, c + i * pitch, H);
     }
+  }
+
+  template <class Pointer>
+  static void swap(Pointer& x, Pointer& y) {
+    const Pointer old = x;
+    x = y;
+    y = old;
   }
 
   static void write(void* data, int64_t element, const T* source, int64_t n) {
@@ -72,13 +95,26 @@ struct ForwardRows {
 
   void set_operand(int64_t i) {
     for (int64_t u = 0; u < P; u += lanes<T>)
-      store(operand + i * pitch + u,
+      store(masked + i * pitch + u,
             load(h + i * pitch + u) * read(at(a.keep, (begin + i) * P + u), P - u));
   }
 
   void step(int64_t n, int64_t t) {
     const bool odd = n % 2 == 1;
-    active.select(a.lengths, t, rows, [&](int64_t i) { clear(t, i); });
+    active.select(a.lengths, t, rows, [&](int64_t i) {
+      if (team.is_first()) clear(t, i);
+    });
+    const auto product = [&](auto finish) {
+      const T* operand = a.keep != nullptr ? masked : h;
+      int64_t operand_pitch = pitch;
+      if (low != nullptr) {
+        operand = reinterpret_cast<const T*>(low);
+        operand_pitch = pitch / 2;
+      }
+      const int64_t tiles = weights.hidden.tiles;
+      multiply_tiles(weights.hidden, team.begin(tiles), team.end(tiles), weights.packed_hidden,
+                     active.count, active.index, operand, operand_pitch, odd, gates, finish);
+    };
     if (a.gates_h != nullptr) {
       for (int64_t i = 0; i < rows; ++i)
         for (int g = 0; g < G; ++g)
@@ -86,36 +122,32 @@ struct ForwardRows {
                       gates + i * row_pitch + g * gate_pitch, H);
       for (int64_t i = 0; i < rows; ++i) units(t, i, 0, H);
     } else if (a.norm_hh == nullptr) {
-      multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, operand,
-                   pitch, odd, gates, [&](int64_t tile) {
-                     for (int64_t m = 0; m < active.count; ++m)
-                       units(t, active.index[m], weights.hidden.begin(tile),
-                             weights.hidden.end(tile));
-                   });
+      product([&](int64_t tile) {
+        for (int64_t m = 0; m < active.count; ++m)
+          units(t, active.index[m], weights.hidden.begin(tile), weights.hidden.end(tile));
+      });
     } else {
-      multiply_all(weights.hidden, weights.packed_hidden, active.count, active.index, operand,
-                   pitch, odd, gates, [](int64_t) {});
+      product([](int64_t) {});
       for (int64_t m = 0; m < active.count; ++m) normalized(t, active.index[m]);
     }
     if (a.weight_hr != nullptr) {
-      multiply_all(weights.projection, weights.packed_projection, active.count, active.index,
-                   unprojected, pitch, odd, projected, [](int64_t) {});
+      multiply_tiles(weights.projection, 0, weights.projection.tiles, weights.packed_projection,
+                     active.count, active.index, unprojected, pitch, odd, projected,
+                     [](int64_t) {});
       for (int64_t m = 0; m < active.count; ++m) {
         const int64_t i = active.index[m];
         for (int64_t u = 0; u < P; u += lanes<T>)
           emit(t, i, u, load(projected + i * weights.projection.row() + u));
       }
     }
-    for (int64_t m = 0; m < active.count; ++m) {
-      const int64_t i = active.index[m];
-      for (int64_t u = 0; u < P; u += lanes<T>)
-        store(h + i * pitch + u, load(next + i * pitch + u));
-      if (a.keep != nullptr) set_operand(i);
-    }
   }
 
-  // A row that is over, or has not begun: its output is 0, what is saved is not read.
+  // A row that is over, or has not begun: it stays as it is, its output is 0, what is saved is not
+  // read.
   void clear(int64_t t, int64_t i) {
+    std::memcpy(next + i * pitch, h + i * pitch, static_cast<size_t>(pitch) * sizeof(T));
+    if (low != nullptr)
+      std::memcpy(next_low + i * pitch, low + i * pitch, static_cast<size_t>(pitch) * sizeof(M));
     const int64_t place = t * a.batch + begin + i;
     std::memset(at(a.output, place * P), 0, static_cast<size_t>(P) * sizeof(M));
     if (kLstm && a.cells != nullptr)
@@ -185,6 +217,7 @@ struct ForwardRows {
     }
     store_some<T>(at(a.output, (t * a.batch + begin + i) * P + u), result, P - u);
     store(next + i * pitch + u, rounded<T, M>(result));
+    if (low != nullptr) store(next_low + i * pitch + u, result);
   }
 
   // As units, with layer norm over the hidden gates and, in an LSTM, over the cell.

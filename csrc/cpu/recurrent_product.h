@@ -24,11 +24,16 @@ constexpr int most_rows(int vectors) {
 
 // Results of a product, [groups][size] (the gates of all units): tile t has the units from
 // t * units * lanes on of every group, so that all gates of a unit come out together.
+//
+// In pairs, operands and weights are bf16, two of them in the place of a number: half the weights
+// to read, and half the instructions.
 template <class T>
 struct Shape {
   int groups, units;  // units: vectors of each group in a tile
   int64_t size, depth, tiles;
-  Shape(int groups, int64_t size, int64_t depth) : groups(groups), size(size), depth(depth) {
+  bool pairs;
+  Shape(int groups, int64_t size, int64_t length, bool pairs = false)
+      : groups(groups), size(size), depth(pairs ? (length + 1) / 2 : length), pairs(pairs) {
     const int64_t vectors = (size + lanes<T> - 1) / lanes<T>;
     // One row of few vectors is a chain of additions: four at once keep the unit busy.
     units = groups > 1 ? 1 : vectors >= 3 ? 4 : static_cast<int>(vectors);
@@ -55,13 +60,33 @@ inline T number(M x) {
     return x;
 }
 
+// Element (n, k) of a weight is at n * stride_n + k * stride_k, of which one is 1; of length k.
+template <class M>
+struct Source {
+  const M* weight;
+  int64_t stride_n, stride_k, length;
+};
+
+// What a packed weight has for step k of unit n.
+template <bool kPairs, class T, class M>
+inline T packed_number(const Source<M>& source, int64_t n, int64_t k) {
+  const M* const from = source.weight + n * source.stride_n;
+  if constexpr (kPairs) {
+    uint16_t both[2] = {};
+    std::memcpy(both, from + 2 * k * source.stride_k, sizeof(M));
+    if (2 * k + 1 < source.length)
+      std::memcpy(both + 1, from + (2 * k + 1) * source.stride_k, sizeof(M));
+    return bit_cast<T>(both);
+  } else {
+    return number<T>(from[k * source.stride_k]);
+  }
+}
+
 // A tile is one vector row of what the sums start from (the bias), then depth rows of weights;
-// 0 where there are no more units. Element (n, k) of the weight is at n * stride_n + k * stride_k,
-// of which one is 1. 64 rows of the target stay in L1 while they are filled, by whole lines of the
-// source.
-template <class T, class M>
-void pack(const Shape<T>& shape, const M* weight, int64_t stride_n, int64_t stride_k, const M* bias,
-          T* packed) {
+// 0 where there are no more units. 64 rows of the target stay in L1 while they are filled, by whole
+// lines of the source.
+template <bool kPairs, class T, class M>
+void pack(const Shape<T>& shape, const Source<M>& source, const M* bias, T* packed) {
   const int width = shape.vectors() * lanes<T>;
   for (int64_t tile = 0; tile < shape.tiles; ++tile, packed += shape.tile_elements()) {
     for (int v = 0; v < shape.vectors(); ++v) {
@@ -75,23 +100,35 @@ void pack(const Shape<T>& shape, const M* weight, int64_t stride_n, int64_t stri
         target[lane] = number<T>(bias[n + lane]);
       for (int64_t begin = 0; begin < shape.depth; begin += 64) {
         const int64_t end = begin + 64 < shape.depth ? begin + 64 : shape.depth;
-        if (stride_n == 1) {
+        if (source.stride_n == 1) {
           for (int64_t k = begin; k < end; ++k)
             for (int64_t lane = 0; lane < count; ++lane)
-              target[(k + 1) * width + lane] = number<T>(weight[n + lane + k * stride_k]);
+              target[(k + 1) * width + lane] = packed_number<kPairs, T>(source, n + lane, k);
         } else {
           for (int64_t lane = 0; lane < count; ++lane)
             for (int64_t k = begin; k < end; ++k)
-              target[(k + 1) * width + lane] = number<T>(weight[(n + lane) * stride_n + k]);
+              target[(k + 1) * width + lane] = packed_number<kPairs, T>(source, n + lane, k);
         }
       }
     }
   }
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+// sum + the products of both halves of x and w. Rounds after each of them and flushes what is below
+// the smallest normal number.
+inline F32x add_pairs(F32x x, F32x w, F32x sum) {
+  return bit_cast<F32x>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(x), bit_cast<__m512bh>(w)));
+}
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // out[r][offset[v]] = start + sum over k of a[r][k] * w[k][v]: one multiplication and addition
 // after the other for each element, whatever the number of rows. back: from the last k on.
-template <class T, int N, int R>
+template <bool kPairs, class T, int N, int R>
 void multiply(const T* const* a, int64_t depth, const T* w, bool back, T* const* out,
               const int64_t* offset) {
   V<T> sum[R][N];
@@ -112,7 +149,15 @@ void multiply(const T* const* a, int64_t depth, const T* w, bool back, T* const*
     for (int r = 0; r < R; ++r) {
       const V<T> x = splat(row[r][k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+      for (int v = 0; v < N; ++v) {
+#if defined(__AVX512BF16__)
+        if constexpr (kPairs) {
+          sum[r][v] = add_pairs(x, weight[v], sum[r][v]);
+          continue;
+        }
+#endif
+        sum[r][v] = fma(x, weight[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -121,16 +166,16 @@ void multiply(const T* const* a, int64_t depth, const T* w, bool back, T* const*
     for (int v = 0; v < N; ++v) store(out[r] + offset[v], sum[r][v]);
 }
 
-template <class T, int N, int R>
+template <bool kPairs, class T, int N, int R>
 void multiply_rows(int rows, const T* const* a, int64_t depth, const T* w, bool back, T* const* out,
                    const int64_t* offset) {
-  if (rows == R) return multiply<T, N, R>(a, depth, w, back, out, offset);
-  if constexpr (R > 1) multiply_rows<T, N, R - 1>(rows, a, depth, w, back, out, offset);
+  if (rows == R) return multiply<kPairs, T, N, R>(a, depth, w, back, out, offset);
+  if constexpr (R > 1) multiply_rows<kPairs, T, N, R - 1>(rows, a, depth, w, back, out, offset);
 }
 
 // One tile of the results of some rows: count of them, whose operands and results lie at
 // a + index[i] * a_pitch and out + index[i] * shape.row().
-template <class T, int N>
+template <bool kPairs, class T, int N>
 void multiply_tile(const Shape<T>& shape, int64_t tile, const T* packed, int64_t count,
                    const int32_t* index, const T* a, int64_t a_pitch, bool back, T* out) {
   int64_t offset[N];
@@ -146,35 +191,46 @@ void multiply_tile(const Shape<T>& shape, int64_t tile, const T* packed, int64_t
       rows[i - begin] = a + index[i] * a_pitch;
       results[i - begin] = out + index[i] * shape.row();
     }
-    multiply_rows<T, N, most>(static_cast<int>(end - begin), rows, shape.depth,
-                              packed + tile * shape.tile_elements(), back, results, offset);
+    multiply_rows<kPairs, T, N, most>(static_cast<int>(end - begin), rows, shape.depth,
+                                      packed + tile * shape.tile_elements(), back, results, offset);
   }
 }
 
-// All tiles; finish(tile) after each, while its results are in L1.
+template <bool kPairs, class T>
+void multiply_any(const Shape<T>& shape, int64_t tile, const T* packed, int64_t count,
+                  const int32_t* index, const T* a, int64_t a_pitch, bool back, T* out) {
+  switch (shape.vectors()) {
+    case 1:
+      return multiply_tile<kPairs, T, 1>(shape, tile, packed, count, index, a, a_pitch, back, out);
+    case 2:
+      return multiply_tile<kPairs, T, 2>(shape, tile, packed, count, index, a, a_pitch, back, out);
+    case 3:
+      return multiply_tile<kPairs, T, 3>(shape, tile, packed, count, index, a, a_pitch, back, out);
+    default:
+      return multiply_tile<kPairs, T, 4>(shape, tile, packed, count, index, a, a_pitch, back, out);
+  }
+}
+
+// Tiles [first, last); finish(tile) after each, while its results are in L1.
 //
 // back is of every other step: it begins with the weights that the step before ended with, which
 // are still in the cache however many there are. One tile too large for L1 is itself gone through
 // from the end, which is the one case where it changes the order of a sum.
 template <class T, class Finish>
-void multiply_all(const Shape<T>& shape, const T* packed, int64_t count, const int32_t* index,
-                  const T* a, int64_t a_pitch, bool back, T* out, Finish finish) {
+void multiply_tiles(const Shape<T>& shape, int64_t first, int64_t last, const T* packed,
+                    int64_t count, const int32_t* index, const T* a, int64_t a_pitch, bool back,
+                    T* out, Finish finish) {
   const bool reverse = back && shape.tiles == 1 &&
                        shape.tile_elements() * static_cast<int64_t>(sizeof(T)) > kHalfOfL1;
-  for (int64_t n = 0; n < shape.tiles; ++n) {
-    const int64_t tile = back ? shape.tiles - 1 - n : n;
-    switch (shape.vectors()) {
-      case 1:
-        multiply_tile<T, 1>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
-        break;
-      case 2:
-        multiply_tile<T, 2>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
-        break;
-      case 3:
-        multiply_tile<T, 3>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
-        break;
-      default:
-        multiply_tile<T, 4>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t tile = back ? first + last - 1 - n : n;
+    if constexpr (kHasPairs && sizeof(T) == 4) {
+      if (shape.pairs)
+        multiply_any<true>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
+      else
+        multiply_any<false>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
+    } else {
+      multiply_any<false>(shape, tile, packed, count, index, a, a_pitch, reverse, out);
     }
     finish(tile);
   }

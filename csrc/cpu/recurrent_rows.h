@@ -9,6 +9,7 @@
 #include "recurrent_product.h"
 #include "scratch.h"
 #include "tanh.h"
+#include "team.h"
 
 extern "C" double sqrt(double);
 
@@ -34,45 +35,71 @@ inline V<T> rounded(V<T> v) {
   }
 }
 
-// The two products of a step, of which a layer without projection has one.
+// The two products of a step, of which a layer without projection has one. Where the machine has
+// products of bf16, that of the hidden state, which bf16 layers have rounded, is in pairs.
 template <class T>
 struct Weights {
   Shape<T> hidden, projection;
   const T *packed_hidden, *packed_projection;
   Weights(const Recurrent& a, bool backward)
-      : hidden(backward ? Shape<T>(1, a.state, gates_of(a.cell) * a.hidden)
-                        : Shape<T>(gates_of(a.cell), a.hidden, a.state)),
+      : hidden(backward ? Shape<T>(1, a.state, gates_of(a.cell) * a.hidden, in_pairs(a))
+                        : Shape<T>(gates_of(a.cell), a.hidden, a.state, in_pairs(a))),
         projection(backward ? Shape<T>(1, a.hidden, a.state) : Shape<T>(1, a.state, a.hidden)),
         packed_hidden(static_cast<const T*>(a.packed)),
         packed_projection(packed_hidden + (a.packed == nullptr ? 0 : hidden.elements())) {}
 
+  static bool in_pairs(const Recurrent& a) {
+    return kHasPairs && a.dtype == DType::bf16 && a.keep == nullptr && a.weight_hh != nullptr;
+  }
+
   int64_t elements() const { return hidden.elements() + projection.elements(); }
+
+  // The longest row any buffer has.
+  int64_t widest() const {
+    const int64_t gates = (hidden.groups * hidden.size + 2 * hidden.depth + 64) / 64 * 64;
+    const int64_t row = hidden.row() > projection.row() ? hidden.row() : projection.row();
+    return row > gates ? row : gates;
+  }
 
   template <class M>
   void pack_all(const Recurrent& a, bool backward) const {
-    const auto* hh = static_cast<const M*>(a.weight_hh);
-    const auto* hr = static_cast<const M*>(a.weight_hr);
+    const int64_t gates = gates_of(a.cell) * a.hidden;
+    const auto source = [backward](const void* weight, int64_t rows, int64_t columns) {
+      const M* const data = static_cast<const M*>(weight);
+      return backward ? Source<M>{data, 1, columns, rows} : Source<M>{data, columns, 1, columns};
+    };
     // With a norm the bias comes after it.
     const auto* bias =
         a.norm_hh != nullptr || backward ? nullptr : static_cast<const M*>(a.bias_hh);
     T* const target = static_cast<T*>(a.packed);
-    pack(hidden, hh, backward ? 1 : a.state, backward ? a.state : 1, bias, target);
-    if (hr == nullptr) return;
-    pack(projection, hr, backward ? 1 : a.hidden, backward ? a.hidden : 1,
-         static_cast<const M*>(nullptr), target + hidden.elements());
+    const Source<M> hh = source(a.weight_hh, gates, a.state);
+    if constexpr (kHasPairs && sizeof(M) == 2) {
+      if (hidden.pairs)
+        pack<true>(hidden, hh, bias, target);
+      else
+        pack<false>(hidden, hh, bias, target);
+    } else {
+      pack<false>(hidden, hh, bias, target);
+    }
+    if (a.weight_hr == nullptr) return;
+    pack<false>(projection, source(a.weight_hr, a.state, a.hidden), static_cast<const M*>(nullptr),
+                target + hidden.elements());
   }
 };
 
-// Buffers cut from the thread's scratch memory.
+// Buffers cut from the thread's scratch memory, or from what a team shares.
 template <class T>
 struct Carver {
   T* next;
-  explicit Carver(int64_t elements)
-      : next(static_cast<T*>(thread_scratch(static_cast<size_t>(elements) * sizeof(T)))) {}
+  bool shared;
+  Carver(int64_t elements, const Team& team)
+      : next(static_cast<T*>(team.scratch)), shared(team.scratch != nullptr) {
+    if (!shared) next = static_cast<T*>(thread_scratch(static_cast<size_t>(elements) * sizeof(T)));
+  }
   T* take(int64_t elements) {
     T* const taken = next;
     next += elements;
-    for (int64_t i = 0; i < elements; ++i) taken[i] = T(0);
+    for (int64_t i = 0; i < elements && !shared; ++i) taken[i] = T(0);
     return taken;
   }
 };
