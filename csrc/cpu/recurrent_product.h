@@ -82,9 +82,75 @@ inline T packed_number(const Source<M>& source, int64_t n, int64_t k) {
   }
 }
 
+#if defined(__AVX512F__)
+// Rows become columns: 16 rows of 16, stride apart, to rows pitch apart.
+inline void transpose(const float* from, int64_t stride, float* to, int64_t pitch) {
+  // With a mask: the other form warns of what it leaves undefined, in GCC 12.
+  constexpr __mmask16 kAll = 0xffff;
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = bit_cast<__m512>(load(from + i * stride));
+  // Of four rows at a time, the same four columns of each 128 bits.
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 x = _mm512_maskz_unpacklo_ps(kAll, a[i], a[i + 1]),
+                 y = _mm512_maskz_unpackhi_ps(kAll, a[i], a[i + 1]);
+    const __m512 z = _mm512_maskz_unpacklo_ps(kAll, a[i + 2], a[i + 3]);
+    const __m512 w = _mm512_maskz_unpackhi_ps(kAll, a[i + 2], a[i + 3]);
+    b[i] = _mm512_maskz_shuffle_ps(kAll, x, z, 0x44);
+    b[i + 1] = _mm512_maskz_shuffle_ps(kAll, x, z, 0xee);
+    b[i + 2] = _mm512_maskz_shuffle_ps(kAll, y, w, 0x44);
+    b[i + 3] = _mm512_maskz_shuffle_ps(kAll, y, w, 0xee);
+  }
+  // And a 4 x 4 transposition of these parts.
+  for (int i = 0; i < 4; ++i) {
+    const __m512 x = _mm512_maskz_shuffle_f32x4(kAll, b[i], b[i + 4], 0x88);
+    const __m512 y = _mm512_maskz_shuffle_f32x4(kAll, b[i], b[i + 4], 0xdd);
+    const __m512 z = _mm512_maskz_shuffle_f32x4(kAll, b[i + 8], b[i + 12], 0x88);
+    const __m512 w = _mm512_maskz_shuffle_f32x4(kAll, b[i + 8], b[i + 12], 0xdd);
+    _mm512_storeu_ps(to + i * pitch, _mm512_maskz_shuffle_f32x4(kAll, x, z, 0x88));
+    _mm512_storeu_ps(to + (i + 4) * pitch, _mm512_maskz_shuffle_f32x4(kAll, y, w, 0x88));
+    _mm512_storeu_ps(to + (i + 8) * pitch, _mm512_maskz_shuffle_f32x4(kAll, x, z, 0xdd));
+    _mm512_storeu_ps(to + (i + 12) * pitch, _mm512_maskz_shuffle_f32x4(kAll, y, w, 0xdd));
+  }
+}
+#endif
+
+// The first steps of a whole vector of units from n on, by vectors; returned is how many.
+template <bool kPairs, class T, class M>
+int64_t pack_whole(const Source<M>& source, int64_t n, int64_t depth, T* target, int64_t width) {
+  int64_t k = 0;
+  if (source.stride_n == 1) {
+    const M* const from = source.weight + n;
+    for (const int64_t whole = kPairs ? source.length / 2 : depth; k < whole; ++k) {
+      if constexpr (kPairs) {
+        const auto first = bit_cast<U32x>(load(from + 2 * k * source.stride_k));
+        const auto second = bit_cast<U32x>(load(from + (2 * k + 1) * source.stride_k));
+        store(target + k * width, bit_cast<V<T>>(first >> 16 | second));
+      } else {
+        store(target + k * width, load(from + k * source.stride_k));
+      }
+    }
+    return k;
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4 && (kPairs || sizeof(M) == 4)) {
+    const M* const from = source.weight + n * source.stride_n;
+    for (const int64_t whole = kPairs ? source.length / 2 : depth; k + 16 <= whole; k += 16) {
+      if constexpr (kPairs) {
+        // Neighbours in the source are a pair: 4 bytes as they are. A pitch that is odd has none.
+        if (source.stride_n % 2 != 0) break;
+        transpose(reinterpret_cast<const float*>(from) + k, source.stride_n / 2, target + k * width,
+                  width);
+      } else {
+        transpose(from + k, source.stride_n, target + k * width, width);
+      }
+    }
+  }
+#endif
+  return k;
+}
+
 // A tile is one vector row of what the sums start from (the bias), then depth rows of weights;
-// 0 where there are no more units. 64 rows of the target stay in L1 while they are filled, by whole
-// lines of the source.
+// 0 where there are no more units.
 template <bool kPairs, class T, class M>
 void pack(const Shape<T>& shape, const Source<M>& source, const M* bias, T* packed) {
   const int width = shape.vectors() * lanes<T>;
@@ -98,18 +164,11 @@ void pack(const Shape<T>& shape, const Source<M>& source, const M* bias, T* pack
         store(target + k * width, V<T>{});
       for (int64_t lane = 0; lane < count && bias != nullptr; ++lane)
         target[lane] = number<T>(bias[n + lane]);
-      for (int64_t begin = 0; begin < shape.depth; begin += 64) {
-        const int64_t end = begin + 64 < shape.depth ? begin + 64 : shape.depth;
-        if (source.stride_n == 1) {
-          for (int64_t k = begin; k < end; ++k)
-            for (int64_t lane = 0; lane < count; ++lane)
-              target[(k + 1) * width + lane] = packed_number<kPairs, T>(source, n + lane, k);
-        } else {
-          for (int64_t lane = 0; lane < count; ++lane)
-            for (int64_t k = begin; k < end; ++k)
-              target[(k + 1) * width + lane] = packed_number<kPairs, T>(source, n + lane, k);
-        }
-      }
+      const int64_t done =
+          count == lanes<T> ? pack_whole<kPairs>(source, n, shape.depth, target + width, width) : 0;
+      for (int64_t lane = 0; lane < count; ++lane)
+        for (int64_t k = done; k < shape.depth; ++k)
+          target[(k + 1) * width + lane] = packed_number<kPairs, T>(source, n + lane, k);
     }
   }
 }

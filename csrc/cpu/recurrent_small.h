@@ -120,7 +120,9 @@ void product(const Product<T>& p, int64_t begin, int64_t end) {
 }
 
 // The input's weight with its columns as rows, pitch apart, and the sum of both biases behind them.
-inline int64_t gates_pitch(const RecurrentProducts& a) { return (a.gates + 15) / 16 * 16; }
+inline int64_t gates_pitch(const RecurrentProducts& a) {
+  return (a.gates + lanes<float> - 1) / lanes<float> * lanes<float>;
+}
 
 int64_t products_bytes(const RecurrentProducts& a) {
   return (a.features + 1) * gates_pitch(a) * static_cast<int64_t>(sizeof(float));
@@ -128,12 +130,14 @@ int64_t products_bytes(const RecurrentProducts& a) {
 
 void pack_products(const RecurrentProducts& a) {
   const int64_t pitch = gates_pitch(a), width = a.gates;
-  // 16 columns at a time: as many lines of the source, of which each is read to its end.
-  for (int64_t first = 0; first < width; first += 16) {
-    const int64_t last = first + 16 < width ? first + 16 : width;
-    for (int64_t k = 0; k < a.features; ++k)
-      for (int64_t n = first; n < last; ++n)
-        a.packed[k * pitch + n] = a.weight_ih[n * a.features + k];
+  const Source<float> source{a.weight_ih, a.features, 1, a.features};
+  for (int64_t n = 0; n < width; n += lanes<float>) {
+    const int64_t left = width - n, count = left < lanes<float> ? left : lanes<float>;
+    const int64_t done =
+        count < lanes<float> ? 0 : pack_whole<false>(source, n, a.features, a.packed + n, pitch);
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t k = done; k < a.features; ++k)
+        a.packed[k * pitch + n + lane] = a.weight_ih[(n + lane) * a.features + k];
   }
   float* const bias = a.packed + a.features * pitch;
   for (int64_t n = 0; n < width; ++n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ._recurrent_checks import check_call, check_tensors
 from .layer_norm import layer_norm as _layer_norm
 
 Input = Tensor | PackedSequence
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Extras(NamedTuple):
@@ -75,7 +76,7 @@ class Shape(NamedTuple):
         return 2 if self.bidirectional else 1
 
 
-def _with_extras(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_extras(function: _Function) -> _Function:
     """Shows people and editors what ``**extras`` takes."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -389,11 +390,16 @@ def _stack(
             # What is past the end must not reach a product: NaN times 0 is NaN.
             x = torch.where((time < lengths)[:, :, None], x, 0.0)
     x = x.contiguous()
-    if not states:
-        states = _zero_states(kind, x, x.shape[1], params, shape)
+    layers = shape.num_layers * shape.directions
+    starts = [[state[n] for state in states] for n in range(layers)] if states else []
+    if not starts:
+        hidden, state = params[0].shape[0] // GATES[kind], params[1].shape[1]
+        h = x.new_zeros(x.shape[1], state)
+        # Nobody writes to them: all layers can have the same ones.
+        c = h if state == hidden else x.new_zeros(x.shape[1], hidden)
+        starts = [[h, c]] * layers
 
-    each = len(params) // (shape.num_layers * shape.directions)
-    norms_each = len(extras.layer_norm or ()) // (shape.num_layers * shape.directions)
+    each, norms_each = len(params) // layers, len(extras.layer_norm or ()) // layers
     finals: list[list[Tensor]] = []
     everything: list[list[Tensor]] = []
     for layer in range(shape.num_layers):
@@ -403,7 +409,7 @@ def _stack(
             weights = params[n * each : (n + 1) * each]
             norms = (extras.layer_norm or ())[n * norms_each : (n + 1) * norms_each]
             output, h_n, c_n, cells = _layer(
-                kind, x, [s[n] for s in states], weights, norms, lengths, direction, shape, extras
+                kind, x, starts[n], weights, norms, lengths, direction, shape, extras
             )
             outputs.append(output)
             finals.append([h_n, c_n])
@@ -412,12 +418,11 @@ def _stack(
         if shape.train and shape.dropout and layer < shape.num_layers - 1:
             x = F.dropout(x, shape.dropout)
 
-    results = [_stacked([final[i] for final in finals]) for i in range(len(states))]
+    count = 2 if kind == "lstm" else 1
+    results = [_stacked([final[i] for final in finals]) for i in range(count)]
     all_states = []
     if extras.return_all_states:
-        all_states = [
-            torch.stack([one[i] for one in everything]).to(x.dtype) for i in range(len(states))
-        ]
+        all_states = [torch.stack([one[i] for one in everything]).to(x.dtype) for i in range(count)]
     if packed:
         if back is not None:
             results = [result.index_select(1, back) for result in results]
@@ -491,8 +496,8 @@ def _layer(
     biases = (bias_ih, bias_hh)
     parameters = (weight_ih, weight_hh.contiguous(), *biases, weight_hr, norm_hh, norm_c, bias_c)
     layer = Layer(x, h0, c0, *parameters, lengths, seed, keep)
-    if is_transformed():
-        note(kind, "reference", "torch.func or forward-mode AD")
+    if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        note(kind, "reference", "torch.func, forward-mode AD or a trace")
         return layer_by_reference(layer, options)
     if records_gradient(*layer):
         recorded: tuple[Tensor, Tensor, Tensor, Tensor] = RecurrentFunction.apply(  # type: ignore[no-untyped-call]

@@ -35,7 +35,21 @@ def _options(module: RNNBase) -> tuple[Any, ...]:
     )
 
 
-class LSTM(torch.nn.LSTM):
+class _Scriptable:
+    """``torch.jit.script`` compiles the torch class in our place, with the same parameters.
+
+    Our forward chooses kernels in Python, which TorchScript cannot read; a script is meant to run
+    where fastseq may not be, too.
+    """
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        theirs: Any = next(c for c in type(self).__mro__ if c.__module__ == RNNBase.__module__)
+        twin: torch.nn.Module = theirs.__new__(theirs)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+
+class LSTM(_Scriptable, torch.nn.LSTM):
     """:class:`torch.nn.LSTM` on our kernels; see :func:`fastseq.functional.lstm`.
 
     ``forward(input, hx=None, lengths=None)``: with int64 ``lengths [B]`` the input is padded, and
@@ -54,7 +68,7 @@ class LSTM(torch.nn.LSTM):
         return output, (h_n, c_n)
 
 
-class GRU(torch.nn.GRU):
+class GRU(_Scriptable, torch.nn.GRU):
     """:class:`torch.nn.GRU` on our kernels; see :func:`fastseq.functional.gru`.
 
     ``forward(input, hx=None, lengths=None)``, as :class:`LSTM`.
@@ -67,7 +81,7 @@ class GRU(torch.nn.GRU):
         return output, h_n
 
 
-class RNN(torch.nn.RNN):
+class RNN(_Scriptable, torch.nn.RNN):
     """:class:`torch.nn.RNN` on our kernels; see :func:`fastseq.functional.rnn`.
 
     ``forward(input, hx=None, lengths=None)``, as :class:`LSTM`.
@@ -83,7 +97,7 @@ class RNN(torch.nn.RNN):
         return output, h_n
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_Scriptable, torch.nn.LSTMCell):
     """:class:`torch.nn.LSTMCell` on our kernels; see :func:`fastseq.functional.lstm_cell`."""
 
     def forward(
@@ -94,7 +108,7 @@ class LSTMCell(torch.nn.LSTMCell):
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_Scriptable, torch.nn.GRUCell):
     """:class:`torch.nn.GRUCell` on our kernels; see :func:`fastseq.functional.gru_cell`."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -103,7 +117,7 @@ class GRUCell(torch.nn.GRUCell):
         return h if input.dim() == 2 else h.squeeze(0)
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(_Scriptable, torch.nn.RNNCell):
     """:class:`torch.nn.RNNCell` on our kernels; see :func:`fastseq.functional.rnn_cell`."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -146,6 +160,12 @@ class _LayerNormRNN(RNNBase):
     """Parameters, initialisation and options of the two modules below."""
 
     _norm_names: tuple[str, ...]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        raise NotImplementedError(
+            f"{type(self).__name__} has no TorchScript: torch has no such layer to put in its "
+            "place; use torch.export or torch.jit.trace"
+        )
 
     def __init__(
         self,
