@@ -1,28 +1,28 @@
-"""The recurrent family: every backend, torch's product grid, autograd, features, modules."""
+"""The recurrent kernels: every backend, threads, lengths, gradients, masks."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq import _extension, functional, nn
-from fastseq.backends import recorded
-from fastseq.ops import recurrent as recurrent_op
-from fastseq.ops.recurrent import persistent_plan
+from fastseq.ops import recurrent_layer
+from fastseq.ops.recurrent import backward_op, forward_op
 from fastseq.random import draw_seed, keep_mask
+from fastseq.reference.recurrent import GATES
 from fastseq.testing import OPERATORS, Case
 from fastseq.testing.check import check
 from fastseq.testing.recurrent import OPERATORS as FAMILY
+
+from .recurrent_checks import flat, module_pair, sequence_call
 
 NAMES = [operator.name for operator in FAMILY]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -88,129 +88,6 @@ def test_every_instruction_set(instruction_set: str) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-# --- torch's own grid ----------------------------------------------------------------------------
-
-
-def module_pair(name: str, *sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    ours = getattr(nn, name)(*sizes, **options).to(dtype)
-    theirs = getattr(torch.nn, name)(*sizes, **options).to(dtype)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def everything(module: Any, input: Any, hx: Any, x: Tensor) -> list[Tensor]:
-    """Outputs, final states and all gradients, for fixed gradients of the outputs."""
-    states = [hx] if isinstance(hx, Tensor) else list(hx)
-    output, final = module(input, hx)
-    data = output.data if isinstance(output, PackedSequence) else output
-    outputs = [data, *([final] if isinstance(final, Tensor) else final)]
-    generator = torch.Generator().manual_seed(7)
-    grads = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
-    inputs = [x, *states, *module.parameters()]
-    return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
-
-
-def grid() -> Iterator[Any]:
-    for name in ("LSTM", "GRU", "RNN"):
-        projections = (0, 3) if name == "LSTM" else (0,)
-        relu = (False, True) if name == "RNN" else (False,)
-        for values in itertools.product((True, False), (True, False), (1, 2), projections, relu):
-            bias, bidirectional, layers, projection, is_relu = values
-            options: dict[str, Any] = {
-                "bias": bias,
-                "bidirectional": bidirectional,
-                "num_layers": layers,
-            }
-            if projection:
-                options["proj_size"] = projection
-            if is_relu:
-                options["nonlinearity"] = "relu"
-            yield pytest.param(name, options, id="-".join([name, *map(str, values)]))
-
-
-@pytest.mark.parametrize(("name", "options"), list(grid()))
-def test_product_grid(name: str, options: dict[str, Any]) -> None:
-    """bias x directions x layers x projection x batch_first x packed x contiguous, to 1e-10."""
-    hidden, state = 6, options.get("proj_size", 6)
-    for batch_first, packed, contiguous in itertools.product((False, True), repeat=3):
-        ours, theirs = module_pair(name, 5, hidden, batch_first=batch_first, **options)
-        count = options["num_layers"] * (1 + options["bidirectional"])
-        results = []
-        for module in (ours, theirs):
-            torch.manual_seed(3)
-            x = torch.randn(4, 7, 5, dtype=torch.float64, requires_grad=True)
-            h = torch.randn(count, 4, state, dtype=torch.float64, requires_grad=True)
-            c = torch.randn(count, 4, hidden, dtype=torch.float64, requires_grad=True)
-            given = x if batch_first else x.transpose(0, 1)
-            given = given.contiguous() if contiguous else given
-            if packed:
-                given = pack_padded_sequence(
-                    given, torch.tensor([4, 7, 2, 7]), batch_first, enforce_sorted=False
-                )
-            with fastseq.use_backend("cpu" if module is ours else "auto"):
-                results.append(everything(module, given, (h, c) if name == "LSTM" else h, x))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_dropout_between_layers_is_torchs(name: str) -> None:
-    ours, theirs = module_pair(name, 5, 6, num_layers=3, dropout=0.4)
-    x = torch.randn(4, 3, 5, dtype=torch.float64)
-    results = []
-    for module in (ours, theirs):
-        torch.manual_seed(11)
-        with fastseq.use_backend("cpu" if module is ours else "auto"):
-            results.append(module(x)[0])
-    torch.testing.assert_close(*results)
-    with fastseq.use_backend("cpu"):
-        torch.testing.assert_close(ours.eval()(x)[0], theirs.eval()(x)[0])
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 33), (1000, 3, 17), (5, 17, 129)])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_odd_sizes_and_many_steps(name: str, sizes: tuple[int, int, int]) -> None:
-    steps, batch, hidden = sizes
-    ours, theirs = module_pair(name, 3, hidden)
-    x = torch.randn(steps, batch, 3, dtype=torch.float64)
-    with fastseq.use_backend("cpu"):
-        mine = ours(x)
-    for a, b in zip(flat(mine), flat(theirs(x)), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def flat(results: Any) -> list[Tensor]:
-    if isinstance(results, Tensor):
-        return [results]
-    return [tensor for part in results for tensor in flat(part)]
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_saturated_gates(name: str) -> None:
-    ours, theirs = module_pair(name, 4, 8, dtype=torch.float32)
-    x = 50 * torch.randn(6, 4) if name.endswith("Cell") else 50 * torch.randn(6, 3, 4)
-    with fastseq.use_backend("cpu"):
-        mine = flat(ours(x))
-    for a, b in zip(mine, flat(theirs(x)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_unbatched_and_eval_backward(name: str) -> None:
-    ours, theirs = module_pair(name, 4, 8, bidirectional=True)
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(2, 8, dtype=torch.float64)
-    hx = (h, h) if name == "LSTM" else h
-    for module in (ours, theirs):
-        module.eval()
-    with fastseq.use_backend("cpu"):
-        mine = flat(ours(x, hx))
-    both = [(mine, ours), (flat(theirs(x, hx)), theirs)]
-    grads = [torch.autograd.grad(sum(o.sum() for o in outs), x)[0] for outs, _ in both]
-    for a, b in zip([*mine, grads[0]], [*both[1][0], grads[1]], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 # --- the vectors' tanh and sigmoid ---------------------------------------------------------------
 
 
@@ -231,15 +108,15 @@ def test_tanh_is_within_2_ulp_and_sigmoid_within_2_5() -> None:
     h = torch.zeros(len(x) // 16 + 1, 16)
     x = torch.nn.functional.pad(x, (0, h.numel() - len(x))).view_as(h)
     with fastseq.use_backend("cpu"):
-        from fastseq.ops.recurrent_cell import forward_op
+        from fastseq.ops.recurrent_cell import forward_op as cell_op
 
-        found = forward_op(x, h, h, None, "tanh", False)[0]
+        found = cell_op(x, h, h, None, "tanh", False)[0]
         assert ulps(found, x.double().tanh()) <= 2
         gates = x.repeat(1, 4)
-        saved = forward_op(gates, torch.zeros_like(gates), h, h, "lstm", True)[3]
+        saved = cell_op(gates, torch.zeros_like(gates), h, h, "lstm", True)[3]
         assert ulps(saved[:, :16], x.double().sigmoid()) <= 2.5
         special = torch.tensor([[torch.nan, torch.inf, -torch.inf, -0.0]])
-        found = forward_op(special, 0 * h[:1, :4], h[:1, :4], None, "tanh", False)[0]
+        found = cell_op(special, 0 * h[:1, :4], h[:1, :4], None, "tanh", False)[0]
     torch.testing.assert_close(found, torch.tensor([[torch.nan, 1.0, -1.0, 0.0]]), equal_nan=True)
 
 
@@ -304,8 +181,6 @@ def test_rows_of_length_zero_keep_their_state(name: str, backend: str) -> None:
 
 def test_results_do_not_depend_on_threads_or_batch() -> None:
     """Of the kernels themselves: the products around them are the library's."""
-    from fastseq.ops.recurrent import backward_op, forward_op
-
     gates, h0 = torch.randn(6, 70, 3 * 40), torch.randn(70, 40)
     weight, bias = torch.randn(120, 40), torch.randn(120)
     grad = torch.randn(6, 70, 40)
@@ -335,33 +210,99 @@ def test_results_do_not_depend_on_threads_or_batch() -> None:
         assert torch.equal(a[:, 5:18], c)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+def test_threads_that_share_one_row_change_no_bit(kind: str, dtype: torch.dtype) -> None:
+    """Of so large a layer threads take some units each, and meet after every step."""
+    steps, hidden = (100, 256) if kind == "tanh" else (24, 256)
+    gates = torch.randn(steps, 1, GATES[kind] * hidden).to(dtype)
+    h0 = torch.randn(1, hidden).to(dtype)
+    weight = (torch.randn(GATES[kind] * hidden, hidden) / 16).to(dtype)
+    bias = torch.randn(GATES[kind] * hidden).to(dtype) if kind == "gru" else None
+    c0, none = h0 * 2 if kind == "lstm" else None, (None,) * 3
+    lengths = torch.tensor([steps - 1])
+
+    def run() -> list[Tensor]:
+        made = forward_op(
+            gates, h0, c0, weight, bias, *none, None, lengths, None, None,
+            kind, True, 0.1, 0.0, 1e-5, True,
+        )  # fmt: skip
+        output, h_n, _, cells, saved, *norms = made
+        back = backward_op(
+            saved, output, h_n, None, None, output, cells, *norms, h0, c0, weight, *none, None,
+            lengths, None, None, kind, True, 0.1, 0.0, 7, 0.1,
+        )  # fmt: skip
+        return [*made[:5], *back[:4]]
+
+    before, results = torch.get_num_threads(), []
+    with fastseq.use_backend("cpu"):
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(run())
+        finally:
+            torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+# --- the products around the loop ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1), (5, 3, 7, 33, 17), (70, 2, 65, 96, 64)], ids=str
+)
+def test_products_of_small_layers(sizes: tuple[int, ...], reverse: bool) -> None:
+    """All five gradients and the input's gates, beside those of torch's fp32 products."""
+    steps, batch, features, width, state = sizes
+    x, output = torch.randn(steps, batch, features), torch.randn(steps, batch, state)
+    h0, weight = torch.randn(batch, state), torch.randn(width, features)
+    biases = torch.randn(width), torch.randn(width)
+    gates_x, gates_h = torch.randn(2, steps, batch, width)
+
+    def expected(dtype: torch.dtype) -> list[Tensor]:
+        to = [t.to(dtype) for t in (x, output, h0, weight, gates_x, gates_h, *biases)]
+        x_, output_, h0_, weight_, gates_x_, gates_h_, *biases_ = to
+        before = [output_[1:], h0_[None]] if reverse else [h0_[None], output_[:-1]]
+        flat_x, flat_h = gates_x_.flatten(0, 1), gates_h_.flatten(0, 1)
+        return [
+            x_ @ weight_.t() + biases_[0] + biases_[1],
+            gates_x_ @ weight_,
+            flat_x.t() @ x_.flatten(0, 1),
+            flat_h.t() @ torch.cat(before).flatten(0, 1),
+            flat_x.sum(0),
+            flat_h.sum(0),
+        ]
+
+    found = [recurrent_layer._extension_input_gates(x, weight, *biases)]
+    found += recurrent_layer._extension_gradients(
+        gates_x, gates_h, x, weight, output, h0, reverse, 31
+    )
+    for a, b, true in zip(found, expected(torch.float32), expected(torch.float64), strict=True):
+        theirs, ours = (b - true).abs().max(), (a - true).abs().max()
+        assert ours <= 2 * theirs + 4e-7 * true.abs().max()
+    some = recurrent_layer._extension_gradients(
+        gates_x, gates_h, x, weight, output, h0, reverse, 2 + 8
+    )
+    assert [t.numel() > 0 for t in some] == [False, True, False, True, False]
+    assert torch.equal(some[1], found[2])
+
+
+def test_a_layer_is_one_node() -> None:
+    """Of a small layer a node costs as much as its arithmetic: none may come in unnoticed."""
+    module = nn.GRU(4, 8)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    with fastseq.use_backend("cpu"):
+        output, _ = module(x)
+    assert "RecurrentFunction" in output.grad_fn.name()
+    before = [node for node, _ in output.grad_fn.next_functions if node is not None]
+    assert len(before) == 5
+    assert all("AccumulateGrad" in node.name() for node in before)
+
+
 # --- autograd ------------------------------------------------------------------------------------
-
-
-def sequence_call(kind: str, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
-    """A small call of two steps and its inputs, for numerical gradients."""
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind] * 3
-    shapes = [(2, 2, 2), (1, 2, 3), *([(1, 2, 3)] if kind == "lstm" else [])]
-    shapes += [(gates, 2), (gates, 3), (gates,), (gates,)]
-    norms = 0
-    if options.pop("norm", False):
-        extra = [(gates,), (gates,)] + ([(3,), (3,)] if kind == "lstm" else [])
-        norms = len(extra)
-        shapes += extra
-    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    states = 2 if kind == "lstm" else 1
-
-    def call(*tensors: Tensor) -> Any:
-        torch.manual_seed(5)  # one mask for all evaluations
-        hx = tensors[1 : 1 + states]
-        params = list(tensors[1 + states : len(tensors) - norms])
-        more = {**options, "layer_norm": list(tensors[-norms:])} if norms else options
-        made = getattr(functional, kind)(
-            tensors[0], hx if states == 2 else hx[0], params, True, 1, 0.0, True, **more
-        )
-        return tuple(flat(made))
-
-    return call, inputs
 
 
 FEATURES: list[dict[str, Any]] = [
@@ -470,8 +411,6 @@ def test_zoneout_draws_the_twins_mask() -> None:
     torch.manual_seed(4)
     seed = draw_seed(CPU)
     mask = keep_mask(seed, (3, 2, 5), 0.5)
-    from fastseq.ops.recurrent import forward_op
-
     with fastseq.use_backend("cpu"):
         output = forward_op(*call, seed, None, "gru", False, 0.5, 0.0, 1e-5, False)[0]
     assert torch.equal(output > 0.5, mask.cummax(0)[0])
@@ -493,285 +432,3 @@ def test_masks_are_seeded_and_the_same_everywhere(kind: str, option: dict[str, f
     assert not torch.allclose(ours[0], without[0])
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-# --- modules -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_modules_are_torchs(name: str) -> None:
-    import copy
-    import pickle
-
-    ours, theirs = module_pair(name, 4, 8, dtype=torch.float32)
-    assert isinstance(ours, type(theirs))
-    assert repr(ours) == repr(theirs)
-    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
-    x = torch.randn(5, 4)
-    for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        for a, b in zip(flat(clone(x)), flat(theirs(x)), strict=True):
-            torch.testing.assert_close(a, b)
-    if name.endswith("Cell"):
-        for a, b in zip(flat(ours(x[0])), flat(theirs(x[0])), strict=True):
-            torch.testing.assert_close(a, b)
-    torch.manual_seed(1)
-    ours.reset_parameters()
-    torch.manual_seed(1)
-    theirs.reset_parameters()
-    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-
-
-def test_module_samples_of_torch() -> None:
-    """torch's own ModuleInfo samples, forward and backward."""
-    from torch.testing._internal.common_modules import module_db
-
-    ran = 0
-    for info in module_db:
-        mine = getattr(nn, info.module_cls.__name__, None)
-        if info.module_cls.__name__ not in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"):
-            continue
-        for training in (True, False):
-            samples = info.module_inputs_func(
-                info, device="cpu", dtype=torch.float64, requires_grad=True, training=training
-            )
-            for sample in samples:
-                args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
-                theirs = info.module_cls(*args, **kwargs).double()
-                ours = mine(*args, **kwargs).double()
-                ours.load_state_dict(theirs.state_dict())
-                given = sample.forward_input
-                with fastseq.use_backend("cpu"):
-                    found = flat_any(ours(*given.args, **given.kwargs))
-                expected = flat_any(theirs(*given.args, **given.kwargs))
-                for a, b in zip(found, expected, strict=True):
-                    torch.testing.assert_close(a, b)
-                ran += 1
-    assert ran > 50
-
-
-def flat_any(results: Any) -> list[Tensor]:
-    if isinstance(results, PackedSequence):
-        return [results.data]
-    if isinstance(results, Tensor):
-        return [results]
-    return [tensor for part in results for tensor in flat_any(part)]
-
-
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_layer_norm_modules(kind: str) -> None:
-    """Against the cell written out in torch's functions; both directions, all gradients."""
-    from fastseq.testing.recurrent import theirs as written_out
-
-    name = f"LayerNorm{kind.upper()}"
-    module = getattr(nn, name)(4, 8, batch_first=True).double()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    assert {"ln_ih_l0", "ln_hh_l0"} <= dict(module.named_parameters()).keys()
-    x = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
-    with fastseq.use_backend("cpu"):
-        output, _ = module(x)
-        grads = torch.autograd.grad(output.pow(2).sum(), [x, *module.parameters()])
-    named = {f"{n.removesuffix('_l0')}_0": p for n, p in module.named_parameters()}
-    expected = written_out(kind=kind, layers=1, bidirectional=False, input=x, **named)["output"]
-    expected_grads = torch.autograd.grad(expected.pow(2).sum(), [x, *module.parameters()])
-    for a, b in zip([output, *grads], [expected, *expected_grads], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    stack = getattr(nn, name)(4, 8, 2, bidirectional=True, zoneout=0.1, recurrent_dropout=0.2)
-    assert "zoneout=0.1" in repr(stack)
-    stack.reset_parameters()
-    assert torch.equal(stack.ln_hh_l1_reverse, torch.ones_like(stack.ln_hh_l1_reverse))
-    output, _ = stack(torch.randn(5, 3, 4))
-    assert output.shape == (5, 3, 16)
-
-
-def test_accelerate_swaps_and_explains() -> None:
-    model = torch.nn.ModuleDict(
-        {name: getattr(torch.nn, name)(4, 8) for name in ("LSTM", "GRU", "RNN", "GRUCell")}
-    )
-    before = {name: flat(module(torch.ones(5, 4))) for name, module in model.items()}
-    fastseq.accelerate(model, verbose=False)
-    assert all(type(module).__module__.startswith("fastseq.") for module in model.values())
-    with fastseq.use_backend("cpu"):
-        for name, module in model.items():
-            for a, b in zip(flat(module(torch.ones(5, 4))), before[name], strict=True):
-                torch.testing.assert_close(a, b)
-    explained = str(fastseq.explain(model["GRU"], torch.ones(5, 2, 4)))
-    assert "recurrent forward" in explained
-    fastseq.restore(model)
-    assert type(model["LSTM"]) is torch.nn.LSTM
-
-
-def test_parametrized_and_functional_weights() -> None:
-    """Weights that are replaced (weight drop, functional_call) are those that run."""
-    module = nn.GRU(4, 8)
-    x = torch.randn(5, 2, 4)
-    with fastseq.use_backend("cpu"):
-        doubled = {name: 2 * p for name, p in module.named_parameters()}
-        found = torch.func.functional_call(module, doubled, (x,))[0]
-        other = torch.nn.GRU(4, 8)
-        other.load_state_dict(doubled)
-        torch.testing.assert_close(found, other(x)[0])
-
-
-# --- compilers -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_compiles_whole(name: str) -> None:
-    """As one op a layer and direction. torch refuses subclasses of its RNNs unless asked."""
-    torch._dynamo.reset()
-    module = getattr(nn, name)(4, 8, num_layers=2, bidirectional=True)
-    x = torch.randn(5, 3, 4)
-    with torch._dynamo.config.patch(allow_rnn=True), fastseq.use_backend("cpu"):
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        for a, b in zip(flat(compiled(x)), flat(module(x)), strict=True):
-            torch.testing.assert_close(a, b)
-        wanted = list(module.parameters())
-        found = torch.autograd.grad(compiled(x)[0].sum(), wanted)
-        expected = torch.autograd.grad(module(x)[0].sum(), wanted)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_functions_compile_whole_as_they_are() -> None:
-    torch._dynamo.reset()
-    module = nn.GRU(4, 8)
-    params, x = list(module.parameters()), torch.randn(5, 3, 4)
-
-    def run(x: Tensor, lengths: Tensor) -> Tensor:
-        return functional.gru(x, None, params, lengths=lengths)[0]
-
-    lengths = torch.tensor([5, 2, 3])
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, lengths), run(x, lengths))
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_exports(name: str) -> None:
-    module = getattr(nn, name)(4, 8)
-    x = torch.randn(5, 3, 4)
-    exported = torch.export.export(module, (x,))
-    assert "fastseq._recurrent_fwd" in str(exported.graph)
-    for a, b in zip(flat(exported.module()(x)), flat(module(x)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_opcheck() -> None:
-    gates = torch.randn(3, 2, 32)
-    h, weight = torch.randn(2, 8), torch.randn(32, 8)
-    args = (gates, h, h, weight, *(None,) * 5, torch.tensor([3, 1]), None, None)
-    options = ("lstm", True, 0.1, 0.1, 1e-5, True)
-    for backend in ("cpu", "reference"):
-        with fastseq.use_backend(backend):
-            torch.library.opcheck(
-                torch.ops.fastseq._recurrent_fwd.default,
-                (*args, *options),
-                test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-            )
-
-
-# --- what goes to torch, and what nobody can take ------------------------------------------------
-
-
-def test_subclasses_and_autocast_go_to_torch() -> None:
-    module, x = nn.GRU(4, 8), torch.randn(5, 3, 4)
-
-    class Tagged(Tensor):
-        pass
-
-    with recorded() as decisions:
-        module(x.as_subclass(Tagged))
-        with torch.autocast("cpu", torch.bfloat16):
-            output = nn.LSTM(4, 8)(x)[0]
-    assert [decision.backend for decision in decisions] == ["torch", "torch"]
-    assert output.dtype == torch.bfloat16
-
-
-X, H = torch.randn(5, 3, 4), torch.randn(1, 3, 8)
-GRU = nn.GRU(4, 8)
-P = list(GRU.parameters())
-BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
-    (lambda: GRU(torch.randn(5, 3, 7)), RuntimeError, "input.*4 features"),
-    (lambda: GRU(torch.randn(4)), ValueError, "input.*dimensions"),
-    (lambda: GRU(X, H[:, :2]), RuntimeError, "h_0"),
-    (lambda: GRU(X, H[0]), RuntimeError, "h_0"),
-    (lambda: nn.LSTM(4, 8)(X, (H, H[..., :3])), RuntimeError, "c_0"),
-    (lambda: GRU(torch.randn(0, 3, 4)), RuntimeError, "input.*one step"),
-    (lambda: GRU(X.double()), ValueError, "dtype"),
-    (lambda: GRU(X.to("meta")), RuntimeError, "device"),
-    (lambda: GRU(X, None, torch.tensor([5, 5])), RuntimeError, "lengths.*shape"),
-    (lambda: GRU(X, None, torch.tensor([5, 6, 1])), RuntimeError, "lengths.*between"),
-    (lambda: GRU(X, None, torch.tensor([5, -1, 1])), RuntimeError, "lengths.*between"),
-    (lambda: GRU(X, None, torch.tensor([5.0, 1.0, 1.0])), TypeError, "lengths"),
-    (lambda: functional.gru(X, None, P[:3]), RuntimeError, "params"),
-    (lambda: functional.gru(X, None, [P[1], P[0], *P[2:]]), RuntimeError, "weight|input"),
-    (lambda: functional.gru(X, None, P, zoneout=1.5), ValueError, "zoneout"),
-    (lambda: functional.gru(X, None, P, zoneout=(0.1, 0.1)), ValueError, "zoneout"),
-    (lambda: functional.gru(X, None, P, bptt=0), ValueError, "bptt"),
-    (lambda: functional.gru(X, None, P, grad_clip=-1.0), ValueError, "grad_clip"),
-    (lambda: functional.gru(X, None, P, layer_norm=P[:1]), RuntimeError, "layer_norm"),
-    (lambda: functional.rnn(X, None, P, nonlinearity="sine"), ValueError, "nonlinearity"),
-    (lambda: functional.gru_cell(X[0], H[0, :2], *P), RuntimeError, r"hx\[0\]"),
-    (lambda: functional.gru_cell(X[0], H[0], P[0], P[1][:, :3]), RuntimeError, "w_hh"),
-    (lambda: functional.lstm_cell(X, (H, H), P[0], P[1]), RuntimeError, "input"),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), BAD)
-def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
-    with fastseq.use_backend("cpu"), pytest.raises(error, match=message):
-        call()
-
-
-def test_auto_takes_torchs_where_that_is_ahead() -> None:
-    """oneDNN's LSTM of several rows, and few steps; what torch does step by step is ours."""
-
-    def taken(name: str, steps: int, batch: int, **options: Any) -> str:
-        module = getattr(nn, name)(64, 64, **options)
-        with recorded() as decisions:
-            module(torch.randn(steps, batch, 64))
-        return decisions[0].backend
-
-    if torch.backends.mkldnn.is_available():
-        assert taken("LSTM", 20, 8) == "torch"
-    assert taken("LSTM", 20, 1) == "cpu"
-    assert taken("LSTM", 20, 8, proj_size=32) == "cpu"
-    assert taken("GRU", 20, 8) == taken("RNN", 20, 8) == "cpu"
-    assert taken("GRU", 2, 8) == taken("RNN", 2, 8) == "torch"
-
-
-# --- persistent CUDA kernels: the choice; test_simt_recurrent.py has what they compute -----------
-
-H200 = (132, 232448, 16)  # multiprocessors, shared memory of a block, blocks of a cluster
-
-
-@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
-def test_persistent_plan() -> None:
-    for hidden, exchange in ((64, "block"), (512, "cluster"), (1024, "grid")):
-        found = persistent_plan("lstm", torch.bfloat16, 16, hidden, False, chip=H200)
-        assert found["exchange"] == exchange
-        assert int(found["units"]) * int(found["blocks"]) >= hidden
-        assert int(found["shared_bytes"]) <= H200[1]
-    large = persistent_plan("gru", torch.float32, 4, 4096, True, chip=H200)
-    assert large == {"rejected": "the recurrent weights and the state do not fit on the chip"}
-    exact, rounded = (
-        persistent_plan("gru", torch.float32, 4, 128, False, chip=H200, tf32=tf32)
-        for tf32 in (False, True)
-    )
-    assert int(exact["step_cycles"]) > int(rounded["step_cycles"])
-
-
-def test_persistent_kernels_turn_down() -> None:
-    x, h, weight = torch.zeros(2, 3, 20), torch.zeros(3, 5), torch.zeros(20, 5)
-    plain = recurrent_op.Forward(
-        x, h, h, weight, *(None,) * 8, "lstm", False, 0.0, 0.0, 1e-5, False
-    )
-    for changed, reason in (
-        ({"h0": h.double()}, "fp64"),
-        ({"norm_hh": torch.ones(20)}, "layer norm"),
-        ({"zoneout_c": 0.1}, "zoneout"),
-        ({"weight_hr": torch.zeros(5, 5)}, "projection"),
-        ({"gates_x": x[:0]}, "no steps"),
-    ):
-        given = plain._replace(**changed)
-        assert reason in str(recurrent_op._cuda_rejects(given))

@@ -39,7 +39,8 @@ class _Scriptable:
     """``torch.jit.script`` compiles the torch class in our place, with the same parameters.
 
     Our forward chooses kernels in Python, which TorchScript cannot read; a script is meant to run
-    where fastseq may not be, too.
+    where fastseq may not be, too. torch leaves what it compiled in the model that it was given: to
+    go on with ours there, script a copy.
     """
 
     def __prepare_scriptable__(self) -> torch.nn.Module:

@@ -93,21 +93,21 @@ def _input_gates(layer: Layer, kind: str) -> Tensor:
 
 #: Multiplications of a product up to which ours is the one that is called. Measured on one core of
 #: an AVX-512 EPYC against MKL: at 0.5 to 8 million 0.75 to 0.95 of its time, and a call for five.
-_SMALL = 1 << 23
+#: None without vectors that multiply and add at once: the library finds those of the machine.
+_SMALL = 0 if _extension.cpu_instruction_set() in (None, "generic") else 1 << 23
 
 
 def _is_small(x: Tensor, weight_ih: Tensor) -> bool:
     """Whether the products around the recurrence are those of ``csrc/cpu/recurrent_small.h``."""
     return (
-        x.dtype is torch.float32
+        _is_plain(x)  # first: a compiler would make a graph for every size
+        and _is_plain(weight_ih)
+        and x.dtype is torch.float32
         and x.is_cpu
-        and x.numel() * weight_ih.shape[0] <= _SMALL
+        and x.numel() * weight_ih.shape[0] < _SMALL
         and x.is_contiguous()
         and weight_ih.is_contiguous()
         and current_backend() in ("auto", "cpu")
-        and _extension.UNAVAILABLE is None
-        and _is_plain(x)
-        and _is_plain(weight_ih)
     )
 
 
