@@ -8,6 +8,7 @@ from fastseq.reference.recurrent import GATES
 from fastseq.testing import OPERATORS, Problem
 
 from ..registry import Benchmark, Cost, Sizes, nbytes
+from . import recurrent_onnx
 
 
 def _sweeps(kind: str) -> dict[str, tuple[Sizes, ...]]:
@@ -62,6 +63,6 @@ def _cost(problem: Problem, mode: str) -> Cost:
 
 
 BENCHMARKS = tuple(
-    Benchmark(OPERATORS[name], _sweeps(kind), _label, _cost)
+    Benchmark(OPERATORS[name], _sweeps(kind), _label, _cost, recurrent_onnx.rivals)
     for name, kind in (("lstm", "lstm"), ("gru", "gru"), ("rnn", "tanh"))
 )
