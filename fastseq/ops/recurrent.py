@@ -100,12 +100,12 @@ def forward_outputs(a: Forward) -> Tensors7:
 
 def _zoneout(a: Forward | Backward) -> tuple[float, float, int, int]:
     h, c = a.zoneout_h, a.zoneout_c
-    return h, c, threshold(h), threshold(c)
+    return h, c, threshold(h) if h else 0, threshold(c) if c else 0
 
 
 def _forward_by_extension(a: Forward) -> Tensors7:
     result: Tensors7 = _extension_forward(
-        _steps(a.gates_x), *a[1:12], KINDS[a.kind], a.reverse, *_zoneout(a), a.eps, a.save, _tf32()
+        _steps(a.gates_x), *a[1:12], KINDS[a.kind], a.reverse, *_zoneout(a), a.eps, a.save, _tf32(a)
     )
     return result
 
@@ -216,7 +216,7 @@ def _backward_by_extension(a: Backward) -> Tensors6:
         *_zoneout(a),
         a.bptt,
         a.grad_clip,
-        _tf32(),
+        _tf32(a),
     )
     return result
 
@@ -307,9 +307,9 @@ def _no_plan(*task: Any) -> str | None:
     return persistent_plan(*task).get("rejected")
 
 
-def _tf32() -> bool:
+def _tf32(a: Forward | Backward) -> bool:
     """Whether fp32 products may be rounded, as torch decides for the layer's other products."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+    return a.h0.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _cuda_rejects(a: Forward | Backward) -> str | None:
@@ -326,7 +326,7 @@ def _cuda_rejects(a: Forward | Backward) -> str | None:
     if steps < 4 and current_backend() == "auto":
         return "few steps: bringing the weights onto the chip costs more than it saves"
     backward = isinstance(a, Backward)
-    tf32 = a.h0.dtype == torch.float32 and _tf32()
+    tf32 = a.h0.dtype == torch.float32 and _tf32(a)
     return _no_plan(a.kind, a.h0.dtype, *a.h0.shape, backward, a.h0.get_device(), None, tf32)
 
 
