@@ -43,7 +43,7 @@ sanitize: $(VENV)/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git archive HEAD | tar -x -C build/sanitize
 	cd build/sanitize && FASTSEQ_CUDA=0 FASTSEQ_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
-	cd build/sanitize && for isa in avx512 avx2 generic; do \
+	cd build/sanitize && for isa in avx512_bf16 avx512 avx2 generic; do \
 	  FASTSEQ_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(CURDIR)/$(BIN)/python -m fastseq verify --backend cpu || exit 1; done

@@ -145,15 +145,15 @@ def test_signatures_name_what_torchs_functions_lack() -> None:
 def test_auto_takes_torchs_where_that_is_ahead() -> None:
     """oneDNN's LSTM of several rows, and few steps; what torch does step by step is ours."""
 
-    def taken(name: str, steps: int, batch: int, **options: Any) -> str:
-        module = getattr(nn, name)(64, 64, **options)
+    def taken(name: str, steps: int, batch: int, hidden: int = 64, **options: Any) -> str:
+        module = getattr(nn, name)(64, hidden, **options)
         with recorded() as decisions:
             module(torch.randn(steps, batch, 64))
         return decisions[0].backend
 
     if torch.backends.mkldnn.is_available():
         assert taken("LSTM", 20, 8) == "torch"
-    assert taken("LSTM", 20, 1) == "cpu"
+    assert taken("LSTM", 20, 1) == taken("LSTM", 20, 1, 256) == "cpu"
     assert taken("LSTM", 20, 8, proj_size=32) == "cpu"
     assert taken("GRU", 20, 8) == taken("RNN", 20, 8) == "cpu"
     assert taken("GRU", 2, 8) == taken("RNN", 2, 8) == "torch"

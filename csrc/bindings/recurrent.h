@@ -303,6 +303,10 @@ Tensors6 recurrent_backward(Tensor gates, MaybeTensor grad_output, MaybeTensor g
 
 // ---- the products around the loop, of small layers ----------------------------------------------
 
+// Multiplications, 0.1 ms of them, that are worth a thread: where cores are short, waiting for one
+// that was not there in time costs more than all the rest of a small layer.
+constexpr int64_t kProductWork = 1 << 22;
+
 const float* floats(const MaybeTensor& tensor) {
   return static_cast<const float*>(data_of(tensor));
 }
@@ -326,7 +330,7 @@ Tensor recurrent_input_gates_cpu(Tensor input, Tensor weight_ih, MaybeTensor bia
   problem.gates_x = made_floats(gates_x);
   kernels.pack_products(problem);
   const int64_t rows = input.size(0) * input.size(1);
-  parallel(rows, 1 + (1 << 20) / (1 + problem.features * problem.gates),
+  parallel(rows, 1 + kProductWork / (1 + problem.features * problem.gates),
            [&](int64_t begin, int64_t end) { kernels.input_gates(problem, begin, end); });
   return gates_x;
 }
@@ -366,7 +370,7 @@ Tensors5 recurrent_gradients_cpu(Tensor grad_gates_x, Tensor grad_gates_h, Tenso
   // One task for all threads: parts in the order of rows of the weights, then of the input.
   const int64_t rows = problem.steps * problem.batch, parts = 16;
   const int64_t work = rows * problem.gates * (2 * problem.features + problem.state);
-  parallel(parts, work < (1 << 20) ? parts : 1, [&](int64_t begin, int64_t end) {
+  parallel(parts, work < 2 * kProductWork ? parts : 1, [&](int64_t begin, int64_t end) {
     const auto cut = [&](int64_t count, int64_t part) { return count * part / parts; };
     kernels.weight_gradients(problem, cut(problem.gates, begin), cut(problem.gates, end));
     if (problem.grad_input != nullptr)

@@ -241,9 +241,7 @@ def _recurrent(
         with torch.autocast(data.device.type, enabled=False):
             return _stack(name, kind, input, states, params, shape, extras)
     check_tensors(name, tensors)
-    if plain and (
-        reason := _torch_is_quicker(kind, input, params, shape, records_gradient(*tensors))
-    ):
+    if plain and (reason := _torch_is_quicker(kind, input, params, shape)):
         note(name, "torch", reason)
         return _by_torch(kind, input, states, params, shape)
     return _stack(name, kind, input, states, params, shape, extras)
@@ -308,16 +306,16 @@ def _zero_states(
 
 
 def _torch_is_quicker(
-    kind: str, input: Input, params: Sequence[Tensor], shape: Shape, records: bool
+    kind: str, input: Input, params: Sequence[Tensor], shape: Shape
 ) -> str | None:
     """Why torch's is the better one for a plain call, or None.
 
     Measured on one core of an AVX-512 EPYC. torch's LSTM runs on oneDNN, whose products are faster
-    than those of the library around our loop: ours is at 0.85 to 1.0 of its speed, and ahead for a
-    single row only (1.1 to 1.4 in training, 1.1 in inference of 64 units). Everything else torch
-    does step by step in its own functions, which ours beats from 4 steps on (RNN: 10; it does
-    least a step), or from 16 rows on in all where the weights are large (0.5 to 0.7 with 512 units
-    and 4 to 8 rows).
+    than those of the library around our loop: ours is at 0.85 to 1.0 of its speed (bf16: to 1.25),
+    and ahead for a single row (1.0 to 1.5, most so with 64 units and with 1024; bf16: to 2.5),
+    whose units our threads share. Everything else torch does step by step in its own functions,
+    which ours beats from 4 steps on (RNN: 10; it does least a step), or from 16 rows on in all
+    where the weights are large (0.5 to 0.7 with 512 units and 4 to 8 rows).
     """
     if current_backend() != "auto" or torch.compiler.is_compiling() or is_transformed():
         return None
@@ -340,9 +338,7 @@ def _torch_is_quicker(
     if hidden >= 256 and steps * batch < 16:
         return "few steps of large weights: packing them costs more than the kernel saves"
     onednn = kind == "lstm" and not ragged and params[1].shape[1] == hidden and _onednn(data.dtype)
-    # A row has no work to share out; two threads, of large weights in fp32: 0.8 to 1.2.
-    alone = hidden < 192 or data.dtype != torch.float32 or torch.get_num_threads() == 1
-    if onednn and (batch > 1 or not alone or not (records or hidden <= 64)):
+    if onednn and batch > 1:
         return "its LSTM runs on oneDNN, which is ahead of ours here"
     return None
 
