@@ -45,8 +45,9 @@ def test_compiles_whole(name: str) -> None:
 
 def test_functions_compile_whole_as_they_are() -> None:
     torch._dynamo.reset()
-    module = nn.GRU(4, 8)
-    params, x = list(module.parameters()), torch.randn(5, 3, 4)
+    module = nn.GRU(8, 8)
+    weight, _, bias, _ = module.parameters()
+    params, x = [weight, weight, bias, bias], torch.randn(5, 3, 8)  # tied
 
     def run(x: Tensor, lengths: Tensor) -> Tensor:
         return functional.gru(x, None, params, lengths=lengths)[0]

@@ -390,9 +390,8 @@ def _stack(
     starts = [[state[n] for state in states] for n in range(layers)] if states else []
     if not starts:
         hidden, state = params[0].shape[0] // GATES[kind], params[1].shape[1]
-        h = x.new_zeros(x.shape[1], state)
         # Nobody writes to them: all layers can have the same ones.
-        c = h if state == hidden else x.new_zeros(x.shape[1], hidden)
+        h, c = x.new_zeros(x.shape[1], state), x.new_zeros(x.shape[1], hidden)
         starts = [[h, c]] * layers
 
     each, norms_each = len(params) // layers, len(extras.layer_norm or ()) // layers
@@ -489,6 +488,9 @@ def _layer(
         extras.bptt or 0,
         extras.grad_clip or 0.0,
     )
+    if torch.compiler.is_compiling():  # which stops where a tensor is in two places: tied weights
+        weight_hh = weight_hh.view_as(weight_hh)
+        bias_hh = None if bias_hh is None else bias_hh.view_as(bias_hh)
     biases = (bias_ih, bias_hh)
     parameters = (weight_ih, weight_hh.contiguous(), *biases, weight_hr, norm_hh, norm_c, bias_c)
     layer = Layer(x, h0, c0, *parameters, lengths, seed, keep)
