@@ -186,8 +186,9 @@ void backward_slab(const SoftmaxBackward& args, const Slab& slab) {
     for (int r = 0; r < rows(); ++r) {
       sum += summand<T, K>(load_some<T>(grad[i + r] + j, count - j),
                            load_some<T>(y[i + r] + j, count - j));
-      __builtin_prefetch(grad[i + r + kGroup] + j);
-      __builtin_prefetch(y[i + r + kGroup] + j);
+      // Into L2: two tensors' rows ahead would fill L1.
+      __builtin_prefetch(grad[i + r + kGroup] + j, 0, 2);
+      __builtin_prefetch(y[i + r + kGroup] + j, 0, 2);
     }
     add_to(total + j, lost + j, sum);
   });
