@@ -39,7 +39,7 @@ gpu:
 
 # The CPU kernels of every instruction set under the address and undefined-behaviour sanitizers, in a
 # copy of the tree: some ten minutes, most of them the compiler's.
-sanitize: $(VENV)/installed
+sanitize: $(VENV)/installed-dev
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git archive HEAD | tar -x -C build/sanitize
 	cd build/sanitize && FASTSEQ_CUDA=0 FASTSEQ_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
@@ -66,9 +66,13 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install -q $(TRITON) -r requirements.txt
 	touch $@
 
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
 INSTALL := $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+$(VENV)/built: $(VENV)/installed-dev $(SOURCES)
 	$(INSTALL)
 	touch $@ $(VENV)/built-for-cpu
 

@@ -36,15 +36,15 @@ if platform.machine() == "x86_64":
     AVX512 += ["-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
-# csrc/cpu/<family>.cpp
+# csrc/cpu/<family>.cpp, what takes the compiler longest first.
 CPU_KERNELS = [
+    "recurrent",
+    "softmax",
     "layer_norm",
     "cross_entropy",
-    "softmax",
     "additive_attention",
     "rotary_embedding",
     "attention",
-    "recurrent",
     "feed_forward",
     "embedding",
 ]
