@@ -115,8 +115,17 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
       "Tensor weight_ih, Tensor output, Tensor h0, bool reverse, int wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "recurrent_bidirectional_forward(Tensor[] gates_x, Tensor[] h0, Tensor[] c0, "
+      "Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] keep, Tensor? lengths, int cell, bool save, "
+      "bool tf32) -> Tensor[]");
+  m.def(
+      "recurrent_bidirectional_backward(Tensor[] gates, Tensor[] grad_output, Tensor[] grad_h_n, "
+      "Tensor[] grad_c_n, Tensor[] grad_cells, Tensor[] output, Tensor[] cells, Tensor[] h0, "
+      "Tensor[] c0, Tensor[] weight_hh, Tensor[] keep, Tensor? lengths, int cell, float grad_clip, "
+      "bool tf32) -> Tensor[]");
+  m.def(
       "recurrent_plan(int cell, ScalarType dtype, bool tf32, int batch, int hidden, bool backward, "
-      "int device, int[] chip) -> str");
+      "int directions, int device, int[] chip) -> str");
   m.def(
       "recurrent_cell_forward(Tensor gates_x, Tensor gates_h, Tensor h, Tensor? c, int cell, "
       "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -152,6 +161,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
   m.impl("additive_attention_gradients", TORCH_BOX(&fastseq::additive_attention_gradients_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward));
+  m.impl("recurrent_bidirectional_forward", TORCH_BOX(&fastseq::recurrent_bidirectional_forward));
+  m.impl("recurrent_bidirectional_backward", TORCH_BOX(&fastseq::recurrent_bidirectional_backward));
   m.impl("recurrent_input_gates", TORCH_BOX(&fastseq::recurrent_input_gates_cpu));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::recurrent_gradients_cpu));
   m.impl("recurrent_cell_forward", TORCH_BOX(&fastseq::recurrent_cell_forward_cpu));
@@ -164,6 +175,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CUDA, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cuda_op));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::recurrent_backward));
+  m.impl("recurrent_bidirectional_forward", TORCH_BOX(&fastseq::recurrent_bidirectional_forward));
+  m.impl("recurrent_bidirectional_backward", TORCH_BOX(&fastseq::recurrent_bidirectional_backward));
 }
 #endif
 

@@ -24,12 +24,14 @@ from simt.recurrent import (
     parameters,
     plan,
     run_backward,
+    run_both_backward,
+    run_both_forward,
     run_forward,
 )
 
 KINDS = ("lstm", "gru", "tanh", "relu")
 ARITHMETICS = ("bf16", "f16", "tf32", "f32")
-FEW = (2, 232448, 16)  # so few multiprocessors that a group takes sixteen rows
+FEW = (2, 232448, 16)  # so few multiprocessors that blocks take two tiles of rows in turns
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +115,46 @@ def test_plans_that_are_turned_down(host: simt_host.Host) -> None:
         plan(host, Layer(batch=0), False)
 
 
+def on_device(
+    host: simt_host.Host, layer: Layer, number: int = 1, backward: bool = False
+) -> dict[str, int]:
+    """The plan that asks the runtime of an emulated GPU, which is not the current one."""
+    figures = np.zeros(6, np.int64)
+    task = layer.task()[:5]
+    error = host.call("plan_on_device", [figures], [int(backward), number, *task, 0, 0])
+    if error is not None:
+        raise ValueError(error)
+    names = ("exchange", "blocks", "asked", "current", "allowed", "bytes")
+    return dict(zip(names, figures.tolist(), strict=True))
+
+
+def test_the_plan_on_a_device_asks_that_device() -> None:
+    if simt_host.compiler() is None:
+        pytest.skip("no C++ compiler")
+    with simt_host.Host(simt_host.build("recurrent")) as host:
+        layer = Layer(hidden=512)
+        assert host.call("device", [], [1, 132, 232448, 9, 16]) is None
+        whole = on_device(host, layer)
+        assert (whole["exchange"], whole["blocks"]) == (1, 16)
+        assert (whole["asked"], whole["current"]) == (1, 0)
+        assert on_device(host, layer)["asked"] == 1  # remembered
+        # A smaller layer's plan takes nothing back from the same kernel.
+        assert on_device(host, Layer(hidden=40))["allowed"] >= whole["bytes"]
+        # No room for sixteen, nor for eight: smaller clusters, then a grid.
+        for largest, batch, expected in ((8, 2, (1, 8)), (1, 4, (2, 16))):
+            assert host.call("device", [], [1, 132, 232448, 9, largest]) is None
+            found = on_device(host, Layer(hidden=384, batch=batch))
+            assert (found["exchange"], found["blocks"]) == expected, largest
+        # Other generations: of 12 clusters have eight blocks, of 8 none.
+        for major, shared, expected in ((12, 101376, (1, 8)), (8, 166912, (2, 0))):
+            assert host.call("device", [], [1, 108, shared, major, 16]) is None
+            found = on_device(host, Layer(hidden=256, batch=major))
+            assert found["exchange"] == expected[0], major
+            assert found["blocks"] == expected[1] or expected[1] == 0
+        with pytest.raises(ValueError, match="do not fit on the chip"):
+            on_device(host, Layer(hidden=4096))
+
+
 @pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
 def test_documented_plans_are_the_plans() -> None:
     text = recurrent_table.DOCUMENT.read_text()
@@ -180,7 +222,7 @@ FULL = {"lengths": (4, 0, 1, 3, 9), "batch": 5, "steps": 4}
 def test_options(host: simt_host.Host, kind: str, changed: dict[str, object]) -> None:
     layer = dataclasses.replace(Layer(kind), **changed)
     if "chip" in changed:
-        assert plan(host, layer, False)["rows"] == plan(host, layer, True)["rows"] == 16
+        assert plan(host, layer, False)["strands"] == plan(host, layer, True)["strands"] == 2
     check(host, layer)
 
 
@@ -188,9 +230,13 @@ GRIDS = [
     {"steps": 5, "hidden": 100, "blocks": 4},
     {"steps": 3, "hidden": 50, "arithmetic": "f32", "blocks": 2, "splits": 2},
     {"steps": 40, "batch": 1, "hidden": 24, "arithmetic": "f16"},
-    # Two launches, of sixteen rows.
-    {"steps": 4, "batch": 19, "hidden": 128, "blocks": 4, "chip": (6, 232448, 1), "reverse": True},
+    # Two launches, of two tiles of rows each.
+    {"steps": 4, "batch": 19, "hidden": 64, "blocks": 4, "chip": (6, 232448, 1), "reverse": True},
     {**FULL, "hidden": 48, "arithmetic": "tf32"},
+    # Two tiles of rows in turns; of the second, no rows or some.
+    {"steps": 3, "hidden": 40, "blocks": 2, "strands": 2, "arithmetic": "f16"},
+    {"steps": 5, "batch": 13, "hidden": 48, "strands": 2, "splits": 1, "bptt": 2},
+    {"steps": 1, "batch": 9, "hidden": 30, "strands": 2},
 ]
 
 
@@ -200,7 +246,9 @@ def test_grids(host: simt_host.Host, kind: str, changed: dict[str, object]) -> N
     layer = dataclasses.replace(Layer(kind, exchange="grid"), **changed)
     if "chip" in changed:
         found = plan(host, layer, True)
-        assert (found["rows"], found["waves"]) == (16, 2)
+        assert (found["strands"], found["waves"]) == (2, 2)
+    else:
+        assert plan(host, layer, False)["strands"] == max(1, layer.strands)
     for seed in range(3):
         check(host, layer, seed)
 
@@ -212,6 +260,52 @@ def test_weights_in_registers_and_in_shared_memory(host: simt_host.Host, kind: s
     layer = dataclasses.replace(layer, splits=1)
     assert plan(host, layer, False)["split_chunks"] > 4
     check(host, layer)
+
+
+SIDE_BY_SIDE = [
+    {"exchange": "block", "blocks": 1, "splits": 2, "lengths": (3, 1, 0)},
+    {"blocks": 2, "batch": 9},
+    {"blocks": 4, "keep": True, "hidden": 64, "batch": 8},
+    {"exchange": "grid", "blocks": 2, "arithmetic": "f16", "batch": 9},
+    # A group at a time: the other direction's launch comes after.
+    {"exchange": "grid", "blocks": 4, "hidden": 60, "chip": (5, 232448, 1), "steps": 5},
+    {"chip": FEW, "batch": 19, "blocks": 2, "arithmetic": "tf32"},
+    # Three tiles of rows in turns by two: the fourth is nobody's, not the other direction's.
+    {"exchange": "grid", "blocks": 2, "batch": 19, "hidden": 40, "strands": 2, "splits": 1},
+]
+
+
+@pytest.mark.parametrize("changed", SIDE_BY_SIDE, ids=str)
+def test_both_directions_have_the_bits_of_each_alone(
+    host: simt_host.Host, changed: dict[str, object]
+) -> None:
+    turn = SIDE_BY_SIDE.index(changed)
+    first = dataclasses.replace(Layer(KINDS[turn % 3]), **changed)
+    second = dataclasses.replace(first, reverse=True, draw=1, shifted=turn % 2 == 0)
+    assert plan(host, first, False, directions=2)["waves"] >= plan(host, first, False)["waves"]
+    made = run_both_forward(host, (first, second), turn)
+    found = run_both_backward(host, (first, second), made, turn)
+    for i, layer in enumerate((first, second)):
+        alone = run_forward(host, layer, turn)
+        for mine, other in ((alone, made[i]), (run_backward(host, layer, alone, turn), found[i])):
+            assert set(mine) == set(other)
+            for name, value in mine.items():
+                np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_directions_that_are_not_alike(host: simt_host.Host) -> None:
+    first = Layer("lstm", blocks=2)
+    with pytest.raises(ValueError, match="of one shape and one batch"):
+        run_both_forward(host, (first, dataclasses.replace(first, steps=2)))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_lengths_past_32_bits(host: simt_host.Host, kind: str) -> None:
+    """They are clamped as they come, in 64 bits: cast to 32 first, these would be 1, 0, 2 and 3."""
+    lengths = (2**32 + 1, -(2**32), -(2**32) + 2, -(2**40) + 3, 2, -1, 2**63 - 1, -(2**63))
+    for reverse in (False, True):
+        layer = Layer(kind, steps=3, batch=8, hidden=24, lengths=lengths, reverse=reverse)
+        check(host, layer)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -236,7 +330,7 @@ def test_inference_has_the_same_bits(host: simt_host.Host, kind: str) -> None:
 def test_a_row_does_not_depend_on_its_batch(host: simt_host.Host, kind: str) -> None:
     few = Layer(kind, batch=3, hidden=48, blocks=2)
     many = dataclasses.replace(few, batch=20, chip=FEW)
-    assert plan(host, many, True)["rows"] == 16 != plan(host, few, True)["rows"]
+    assert plan(host, many, True)["strands"] == 2 != plan(host, few, True)["strands"]
     given = parameters(many)
     mine = {
         name: value if name in ("weight_hh", "bias_hh") else value[..., :3, :]
@@ -260,7 +354,7 @@ def test_a_row_does_not_depend_on_its_batch(host: simt_host.Host, kind: str) -> 
 def test_same_bits_under_every_schedule(
     host: simt_host.Host, kind: str, exchange: str, blocks: int, splits: int
 ) -> None:
-    layer = Layer(kind, "bf16", 6, 8, 64, blocks, splits, exchange)
+    layer = Layer(kind, "bf16", 6, 8, 64, blocks, splits, exchange=exchange)
     results = set()
     for seed in range(8):
         made = run_forward(host, layer, seed)
@@ -348,9 +442,16 @@ def test_a_missing_order_is_noticed(faulty: Path, name: str) -> None:
         with simt_host.Host(faulty) as host:
             number = list(recurrent_faults.FAULTS).index(name)
             assert host.call("fault", [], [number]) is None
-            layer = Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange)
+            layer = Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange=exchange)
+            if "strand" in name:
+                layer = dataclasses.replace(layer, batch=16, strands=2)
             try:
-                check(host, layer, seed)
+                if "direction" in name:
+                    other = dataclasses.replace(layer, draw=1)
+                    made = run_both_forward(host, (layer, other), seed)[1]
+                    np.testing.assert_array_equal(made["h_n"], run_forward(host, other)["h_n"])
+                else:
+                    check(host, layer, seed)
             except (AssertionError, simt_host.Fault):
                 return
     pytest.fail("nothing was noticed under any schedule")
@@ -360,7 +461,10 @@ def test_without_a_fault_nothing_is_noticed(faulty: Path) -> None:
     with simt_host.Host(faulty) as host:
         for seed in range(16):
             for exchange in ("cluster", "grid"):
-                check(host, Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange), seed)
+                layer = Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange=exchange)
+                check(host, layer, seed)
+                if exchange == "grid":
+                    check(host, dataclasses.replace(layer, batch=16, strands=2), seed)
 
 
 @pytest.mark.slow
@@ -373,6 +477,8 @@ def test_no_races(kind: str) -> None:
         for turn, (arithmetic, (exchange, blocks, splits)) in enumerate(
             itertools.product(ARITHMETICS, (("block", 1, 2), ("cluster", 4, 1), ("grid", 2, 2)))
         ):
-            layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, exchange)
+            layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, exchange=exchange)
+            if exchange == "grid":
+                layer = dataclasses.replace(layer, strands=1 + turn % 2)
             layer = dataclasses.replace(layer, lengths=(5, 0, 2, 4, 5), reverse=turn % 2 == 1)
             check(host, layer, seed=turn)

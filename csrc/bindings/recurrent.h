@@ -51,27 +51,35 @@ void fill_states(Recurrent& problem, int64_t cell, int64_t steps, int64_t hidden
   problem.c0 = data_of(c0);
 }
 
-// What forward and backward of a layer have in common; threshold and probability of zoneout for h
-// and c.
-void fill_layer(Recurrent& problem, const Tensor& weight_hh, const MaybeTensor& bias_hh,
-                const MaybeTensor& weight_hr, const MaybeTensor& norm_hh, const MaybeTensor& norm_c,
-                const MaybeTensor& bias_c, const MaybeTensor& lengths, const MaybeTensor& seed,
-                const MaybeTensor& keep, bool reverse, double zoneout_h, double zoneout_c,
-                int64_t threshold_h, int64_t threshold_c) {
-  problem.reverse = reverse;
-  problem.weight_hh = data_of(weight_hh);
-  problem.bias_hh = data_of(bias_hh);
-  problem.weight_hr = data_of(weight_hr);
-  problem.norm_hh = data_of(norm_hh);
-  problem.norm_c = data_of(norm_c);
-  problem.bias_c = data_of(bias_c);
-  problem.lengths = static_cast<const int64_t*>(data_of(lengths));
-  problem.seed = static_cast<const int64_t*>(data_of(seed));
-  problem.keep = data_of(keep);
-  problem.zoneout_h = zoneout_h;
-  problem.zoneout_c = zoneout_c;
-  problem.threshold_h = static_cast<uint32_t>(threshold_h);
-  problem.threshold_c = static_cast<uint32_t>(threshold_c);
+// What forward and backward read of a layer in one direction; threshold and probability of zoneout
+// for h and c.
+struct Given {
+  int64_t cell;
+  const Tensor& h0;
+  const MaybeTensor &c0, &weight_hh, &bias_hh, &weight_hr, &norm_hh, &norm_c, &bias_c;
+  const MaybeTensor &lengths, &seed, &keep;
+  bool reverse = false;
+  double zoneout_h = 0, zoneout_c = 0;
+  int64_t threshold_h = 0, threshold_c = 0;
+};
+const MaybeTensor absent;
+
+void fill_layer(Recurrent& problem, const Given& given, int64_t steps, int64_t hidden) {
+  fill_states(problem, given.cell, steps, hidden, given.h0, given.c0);
+  problem.reverse = given.reverse;
+  problem.weight_hh = data_of(given.weight_hh);
+  problem.bias_hh = data_of(given.bias_hh);
+  problem.weight_hr = data_of(given.weight_hr);
+  problem.norm_hh = data_of(given.norm_hh);
+  problem.norm_c = data_of(given.norm_c);
+  problem.bias_c = data_of(given.bias_c);
+  problem.lengths = static_cast<const int64_t*>(data_of(given.lengths));
+  problem.seed = static_cast<const int64_t*>(data_of(given.seed));
+  problem.keep = data_of(given.keep);
+  problem.zoneout_h = given.zoneout_h;
+  problem.zoneout_c = given.zoneout_c;
+  problem.threshold_h = static_cast<uint32_t>(given.threshold_h);
+  problem.threshold_c = static_cast<uint32_t>(given.threshold_c);
 }
 
 // Multiplications from which a team is quicker: of a step, whose share has to outlast the meeting
@@ -126,12 +134,14 @@ recurrent::Arithmetic arithmetic_of(DType dtype, bool tf32) {
 // and blocks of a cluster, or on a device (an empty chip): "key=value ..." in the order of the
 // fields, or "rejected: " and the reason.
 std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t batch, int64_t hidden,
-                           bool backward, int64_t device, std::vector<int64_t> chip) {
+                           bool backward, int64_t directions, int64_t device,
+                           std::vector<int64_t> chip) {
   const DType type = dtype == ScalarType::Half       ? DType::f16
                      : dtype == ScalarType::BFloat16 ? DType::bf16
                                                      : DType::f32;
-  const recurrent::Task task{static_cast<Cell>(cell), arithmetic_of(type, tf32), batch, hidden,
-                             backward};
+  const recurrent::Task task{
+      static_cast<Cell>(cell),     arithmetic_of(type, tf32), batch, hidden, backward,
+      static_cast<int>(directions)};
   recurrent::Plan plan;
   if (chip.size() == 3) {
     plan = recurrent::choose(
@@ -153,8 +163,11 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
   };
   add("blocks", plan.blocks);
   add("groups", plan.groups);
+  add("directions", plan.directions);
+  add("at_once", plan.at_once);
   add("waves", plan.waves);
-  add("rows", plan.rows);
+  add("rows", recurrent::kRows);
+  add("strands", plan.strands);
   add("units", plan.units);
   add("tiles", plan.tiles);
   add("splits", plan.splits);
@@ -172,17 +185,32 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
 
 #ifdef FASTSEQ_CUDA
 
-// Plans the problem for the device and launches it.
-template <class Problem, class Kernel>
-void run_persistent(const char* name, const Problem& problem, const Tensor& like, bool backward,
-                    bool tf32, Kernel kernel) {
+const char* launch(const recurrent::Directions<RecurrentForward>& directions,
+                   const recurrent::Plan& plan, recurrent::Arithmetic arithmetic, void* workspace,
+                   void* stream) {
+  return recurrent_forward_cuda(directions, plan, arithmetic, workspace, stream);
+}
+
+const char* launch(const recurrent::Directions<RecurrentBackward>& directions,
+                   const recurrent::Plan& plan, recurrent::Arithmetic arithmetic, void* workspace,
+                   void* stream) {
+  return recurrent_backward_cuda(directions, plan, arithmetic, workspace, stream);
+}
+
+// Plans the problems of one direction or two for the device and launches them.
+template <class Problem>
+void run_persistent(const recurrent::Directions<Problem>& directions, int count, const Tensor& like,
+                    bool tf32) {
+  constexpr bool kBackward = std::is_same_v<Problem, RecurrentBackward>;
   const CudaCall call(like);
-  const recurrent::Arithmetic arithmetic = arithmetic_of(problem.dtype, tf32);
+  const Problem& first = directions.of[0];
+  const recurrent::Arithmetic arithmetic = arithmetic_of(first.dtype, tf32);
   const recurrent::Plan plan = recurrent_plan_cuda(
-      {problem.cell, arithmetic, problem.batch, problem.hidden, backward}, call.device);
+      {first.cell, arithmetic, first.batch, first.hidden, kBackward, count}, call.device);
   // Freed to torch's allocator on return: it hands the memory to later work of this stream.
   const Tensor workspace = empty({recurrent::workspace_bytes(plan)}, ScalarType::Char, like);
-  call.check(name, kernel(problem, plan, arithmetic, workspace.data_ptr(), call.stream));
+  call.check(kBackward ? "recurrent backward" : "recurrent",
+             launch(directions, plan, arithmetic, workspace.data_ptr(), call.stream));
 }
 
 #endif
@@ -192,8 +220,7 @@ void run_persistent(const char* name, const Problem& problem, const Tensor& like
 // Has the kernels of the tensors' device solve the problem.
 void solve(RecurrentForward& problem, const Tensor& like, [[maybe_unused]] bool tf32) {
 #ifdef FASTSEQ_CUDA
-  if (like.is_cuda())
-    return run_persistent("recurrent", problem, like, false, tf32, recurrent_forward_cuda);
+  if (like.is_cuda()) return run_persistent<RecurrentForward>({{problem, {}}}, 1, like, tf32);
 #endif
   const RecurrentCpu& kernels = *instruction_set().recurrent;
   run_recurrent(
@@ -204,8 +231,7 @@ void solve(RecurrentForward& problem, const Tensor& like, [[maybe_unused]] bool 
 
 void solve(RecurrentBackward& problem, const Tensor& like, [[maybe_unused]] bool tf32) {
 #ifdef FASTSEQ_CUDA
-  if (like.is_cuda())
-    return run_persistent("recurrent backward", problem, like, true, tf32, recurrent_backward_cuda);
+  if (like.is_cuda()) return run_persistent<RecurrentBackward>({{problem, {}}}, 1, like, tf32);
 #endif
   const RecurrentCpu& kernels = *instruction_set().recurrent;
   run_recurrent(
@@ -214,16 +240,23 @@ void solve(RecurrentBackward& problem, const Tensor& like, [[maybe_unused]] bool
       [&](const Team& team) { kernels.backward_team(problem, team); });
 }
 
-Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
-                           MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
-                           MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
-                           MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
-                           double zoneout_h, double zoneout_c, int64_t threshold_h,
-                           int64_t threshold_c, double eps, bool save, bool tf32) {
-  RecurrentForward problem;
+// Side by side on a GPU.
+template <class Problem>
+void solve_both(recurrent::Directions<Problem>& directions, const Tensor& like, bool tf32) {
+#ifdef FASTSEQ_CUDA
+  if (like.is_cuda()) return run_persistent(directions, 2, like, tf32);
+#endif
+  for (Problem& problem : directions.of) solve(problem, like, tf32);
+}
+
+// Allocates what the forward returns and fills in its problem.
+Tensors7 prepare(RecurrentForward& problem, const Tensor& gates_x, const Given& given, double eps,
+                 bool save) {
+  const Cell kind = static_cast<Cell>(given.cell);
+  const Tensor& h0 = given.h0;
   const int64_t steps = gates_x.size(0), batch = gates_x.size(1);
-  const int64_t hidden = gates_x.size(2) / gates_of(static_cast<Cell>(cell)), state = h0.size(1);
-  const bool lstm = static_cast<Cell>(cell) == Cell::lstm, norm = norm_hh.has_value();
+  const int64_t hidden = gates_x.size(2) / gates_of(kind), state = h0.size(1);
+  const bool lstm = kind == Cell::lstm, norm = given.norm_hh.has_value();
   const ScalarType dtype = h0.scalar_type(), compute = statistics_type(h0);
   const std::vector<int64_t> none{0};
   const auto saved = [&](bool present, int64_t size, ScalarType type) {
@@ -233,12 +266,10 @@ Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor wei
   const Tensor h_n = empty({batch, state}, dtype, h0);
   const Tensor c_n = empty(lstm ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
   const Tensor cells = saved(lstm && save, hidden, compute);
-  const Tensor gates = saved(save, saved_of(static_cast<Cell>(cell)) * hidden, dtype);
+  const Tensor gates = saved(save, saved_of(kind) * hidden, dtype);
   const Tensor normalized = saved(save && norm, gates_x.size(2), dtype);
   const Tensor statistics = saved(save && norm, 3, compute);
-  fill_states(problem, cell, steps, hidden, h0, c0);
-  fill_layer(problem, weight_hh, bias_hh, weight_hr, norm_hh, norm_c, bias_c, lengths, seed, keep,
-             reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
+  fill_layer(problem, given, steps, hidden);
   problem.eps = eps;
   problem.gates_x = steps_of(gates_x);
   problem.output = output_of(output);
@@ -248,8 +279,71 @@ Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor wei
   problem.gates = output_of(gates);
   problem.normalized = output_of(normalized);
   problem.statistics = output_of(statistics);
-  solve(problem, h0, tf32);
   return {output, h_n, c_n, cells, gates, normalized, statistics};
+}
+
+// What the forward left and what its results' gradients are.
+struct Left {
+  const Tensor& gates;
+  const MaybeTensor &grad_output, &grad_h_n, &grad_c_n, &grad_cells;
+  const Tensor &output, &cells, &normalized, &statistics;
+};
+
+// As for the forward; its bias is not read.
+Tensors6 prepare(RecurrentBackward& problem, const Left& left, const Given& given, int64_t bptt,
+                 double grad_clip) {
+  const Cell kind = static_cast<Cell>(given.cell);
+  const Tensor& h0 = given.h0;
+  const int64_t steps = left.gates.size(0), batch = left.gates.size(1), state = h0.size(1);
+  const int64_t hidden = left.gates.size(2) / saved_of(kind), width = gates_of(kind) * hidden;
+  const bool norm = given.norm_hh.has_value();
+  const ScalarType dtype = h0.scalar_type();
+  const std::vector<int64_t> none{0};
+  const auto made = [&](bool present, int64_t size) {
+    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, dtype, h0);
+  };
+  const Tensor grad_gates_x = made(true, width);
+  const Tensor grad_gates_h = made(norm || kind == Cell::gru, width);
+  const Tensor grad_h0 = empty({batch, state}, dtype, h0);
+  const Tensor grad_c0 = empty(given.c0 ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
+  const Tensor grad_projected = made(given.weight_hr.has_value(), state);
+  const Tensor grad_rows = empty(norm ? std::vector<int64_t>{batch, 2 * (width + hidden)} : none,
+                                 statistics_type(h0), h0);
+  fill_layer(problem, given, steps, hidden);
+  problem.grad_output = steps_of(left.grad_output);
+  problem.grad_h_n = data_of(left.grad_h_n);
+  problem.grad_c_n = data_of(left.grad_c_n);
+  problem.grad_cells = steps_of(left.grad_cells);
+  problem.output = left.output.data_ptr();
+  problem.gates = left.gates.data_ptr();
+  problem.cells = data_of(left.cells);
+  problem.normalized = data_of(left.normalized);
+  problem.statistics = data_of(left.statistics);
+  problem.bptt = bptt;
+  problem.grad_clip = grad_clip;
+  problem.grad_gates_x = output_of(grad_gates_x);
+  problem.grad_gates_h = output_of(grad_gates_h);
+  problem.grad_h0 = output_of(grad_h0);
+  problem.grad_c0 = output_of(grad_c0);
+  problem.grad_projected = output_of(grad_projected);
+  problem.grad_rows = output_of(grad_rows);
+  return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
+}
+
+Tensors7 recurrent_forward(Tensor gates_x, Tensor h0, MaybeTensor c0, Tensor weight_hh,
+                           MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor norm_hh,
+                           MaybeTensor norm_c, MaybeTensor bias_c, MaybeTensor lengths,
+                           MaybeTensor seed, MaybeTensor keep, int64_t cell, bool reverse,
+                           double zoneout_h, double zoneout_c, int64_t threshold_h,
+                           int64_t threshold_c, double eps, bool save, bool tf32) {
+  const MaybeTensor weight = weight_hh;
+  const Given given{cell,    h0,        c0,        weight,      bias_hh,    weight_hr,
+                    norm_hh, norm_c,    bias_c,    lengths,     seed,       keep,
+                    reverse, zoneout_h, zoneout_c, threshold_h, threshold_c};
+  RecurrentForward problem;
+  const Tensors7 made = prepare(problem, gates_x, given, eps, save);
+  solve(problem, h0, tf32);
+  return made;
 }
 
 Tensors6 recurrent_backward(Tensor gates, MaybeTensor grad_output, MaybeTensor grad_h_n,
@@ -260,45 +354,71 @@ Tensors6 recurrent_backward(Tensor gates, MaybeTensor grad_output, MaybeTensor g
                             MaybeTensor lengths, MaybeTensor seed, MaybeTensor keep, int64_t cell,
                             bool reverse, double zoneout_h, double zoneout_c, int64_t threshold_h,
                             int64_t threshold_c, int64_t bptt, double grad_clip, bool tf32) {
+  const MaybeTensor weight = weight_hh;
+  const Given given{cell,    h0,        c0,        weight,      absent,     weight_hr,
+                    norm_hh, norm_c,    bias_c,    lengths,     seed,       keep,
+                    reverse, zoneout_h, zoneout_c, threshold_h, threshold_c};
+  const Left left{gates,  grad_output, grad_h_n,   grad_c_n,  grad_cells,
+                  output, cells,       normalized, statistics};
   RecurrentBackward problem;
-  const Cell kind = static_cast<Cell>(cell);
-  const int64_t steps = gates.size(0), batch = gates.size(1), state = h0.size(1);
-  const int64_t hidden = gates.size(2) / saved_of(kind), width = gates_of(kind) * hidden;
-  const bool norm = norm_hh.has_value();
-  const ScalarType dtype = h0.scalar_type();
-  const std::vector<int64_t> none{0};
-  const auto made = [&](bool present, int64_t size) {
-    return empty(present ? std::vector<int64_t>{steps, batch, size} : none, dtype, h0);
-  };
-  const Tensor grad_gates_x = made(true, width);
-  const Tensor grad_gates_h = made(norm || kind == Cell::gru, width);
-  const Tensor grad_h0 = empty({batch, state}, dtype, h0);
-  const Tensor grad_c0 = empty(c0 ? std::vector<int64_t>{batch, hidden} : none, dtype, h0);
-  const Tensor grad_projected = made(weight_hr.has_value(), state);
-  const Tensor grad_rows = empty(norm ? std::vector<int64_t>{batch, 2 * (width + hidden)} : none,
-                                 statistics_type(h0), h0);
-  fill_states(problem, cell, steps, hidden, h0, c0);
-  fill_layer(problem, weight_hh, std::nullopt, weight_hr, norm_hh, norm_c, bias_c, lengths, seed,
-             keep, reverse, zoneout_h, zoneout_c, threshold_h, threshold_c);
-  problem.grad_output = steps_of(grad_output);
-  problem.grad_h_n = data_of(grad_h_n);
-  problem.grad_c_n = data_of(grad_c_n);
-  problem.grad_cells = steps_of(grad_cells);
-  problem.output = output.data_ptr();
-  problem.gates = gates.data_ptr();
-  problem.cells = data_of(cells);
-  problem.normalized = data_of(normalized);
-  problem.statistics = data_of(statistics);
-  problem.bptt = bptt;
-  problem.grad_clip = grad_clip;
-  problem.grad_gates_x = output_of(grad_gates_x);
-  problem.grad_gates_h = output_of(grad_gates_h);
-  problem.grad_h0 = output_of(grad_h0);
-  problem.grad_c0 = output_of(grad_c0);
-  problem.grad_projected = output_of(grad_projected);
-  problem.grad_rows = output_of(grad_rows);
+  const Tensors6 made = prepare(problem, left, given, bptt, grad_clip);
   solve(problem, h0, tf32);
-  return {grad_gates_x, grad_gates_h, grad_h0, grad_c0, grad_projected, grad_rows};
+  return made;
+}
+
+// ---- both directions of a layer at once: of each argument two, or none --------------------------
+
+MaybeTensor of_direction(const std::vector<Tensor>& tensors, size_t direction) {
+  return tensors.empty() ? MaybeTensor{} : MaybeTensor{tensors[direction]};
+}
+
+// output, h_n, c_n, cells and gates of the first direction, and of the second.
+std::vector<Tensor> recurrent_bidirectional_forward(std::vector<Tensor> gates_x,
+                                                    std::vector<Tensor> h0, std::vector<Tensor> c0,
+                                                    std::vector<Tensor> weight_hh,
+                                                    std::vector<Tensor> bias_hh,
+                                                    std::vector<Tensor> keep, MaybeTensor lengths,
+                                                    int64_t cell, bool save, bool tf32) {
+  recurrent::Directions<RecurrentForward> directions;
+  std::vector<Tensor> made;
+  for (size_t d = 0; d < 2; ++d) {
+    const MaybeTensor c = of_direction(c0, d), bias = of_direction(bias_hh, d);
+    const MaybeTensor weight = weight_hh[d], kept = of_direction(keep, d);
+    const Given given{cell,   h0[d],  c,       weight, bias, absent, absent,
+                      absent, absent, lengths, absent, kept, d == 1};
+    const auto [output, h_n, c_n, cells, gates, normalized, statistics] =
+        prepare(directions.of[d], gates_x[d], given, 0, save);
+    made.insert(made.end(), {output, h_n, c_n, cells, gates});
+  }
+  solve_both(directions, h0[0], tf32);
+  return made;
+}
+
+// grad_gates_x, grad_gates_h, grad_h0 and grad_c0 of the first direction, and of the second.
+// Gradients of a result of which there are none come as an empty list; an empty tensor is one's.
+std::vector<Tensor> recurrent_bidirectional_backward(
+    std::vector<Tensor> gates, std::vector<Tensor> grad_output, std::vector<Tensor> grad_h_n,
+    std::vector<Tensor> grad_c_n, std::vector<Tensor> grad_cells, std::vector<Tensor> output,
+    std::vector<Tensor> cells, std::vector<Tensor> h0, std::vector<Tensor> c0,
+    std::vector<Tensor> weight_hh, std::vector<Tensor> keep, MaybeTensor lengths, int64_t cell,
+    double grad_clip, bool tf32) {
+  recurrent::Directions<RecurrentBackward> directions;
+  std::vector<Tensor> made;
+  for (size_t d = 0; d < 2; ++d) {
+    const MaybeTensor c = of_direction(c0, d), weight = weight_hh[d];
+    const MaybeTensor kept = of_direction(keep, d), by_output = of_direction(grad_output, d);
+    const MaybeTensor by_h = of_direction(grad_h_n, d), by_c = of_direction(grad_c_n, d);
+    const MaybeTensor by_cells = of_direction(grad_cells, d);
+    const Given given{cell,   h0[d],  c,       weight, absent, absent, absent,
+                      absent, absent, lengths, absent, kept,   d == 1};
+    const Left left{gates[d],  by_output, by_h,     by_c,    by_cells,
+                    output[d], cells[d],  cells[d], cells[d]};
+    const auto [grad_gates_x, grad_gates_h, grad_h0, grad_c0, projected, rows] =
+        prepare(directions.of[d], left, given, 0, grad_clip);
+    made.insert(made.end(), {grad_gates_x, grad_gates_h, grad_h0, grad_c0});
+  }
+  solve_both(directions, h0[0], tf32);
+  return made;
 }
 
 // ---- the products around the loop, of small layers ----------------------------------------------

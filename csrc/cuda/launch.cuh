@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #ifdef __CUDACC__
 
 // FASTSEQ_LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments...); kernel is a function
@@ -50,14 +52,24 @@ struct LaunchShape {
   bool cooperative = false;  // all blocks of the grid run at once, or the launch is an error
 };
 
+// Lets a kernel have so many bytes on the current device, and never fewer than it could have
+// before: a launch with more may be on its way in another thread.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  if (bytes <= kDefaultSharedBytes) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess || static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= bytes)
+    return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kDefaultSharedBytes) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   if (error == cudaSuccess && shape.cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

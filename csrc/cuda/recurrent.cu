@@ -10,16 +10,16 @@ namespace fastseq {
 namespace recurrent {
 namespace {
 
-ForwardKernel forward_kernel(Cell cell, Arithmetic arithmetic, int columns) {
-  if (cell == Cell::lstm) return lstm_forward_kernel(arithmetic, columns);
-  if (cell == Cell::gru) return gru_forward_kernel(arithmetic, columns);
-  return rnn_forward_kernel(arithmetic, columns);
+ForwardKernel forward_kernel(Cell cell, Arithmetic arithmetic, int strands) {
+  if (cell == Cell::lstm) return lstm_forward_kernel(arithmetic, strands);
+  if (cell == Cell::gru) return gru_forward_kernel(arithmetic, strands);
+  return rnn_forward_kernel(arithmetic, strands);
 }
 
-BackwardKernel backward_kernel(Cell cell, Arithmetic arithmetic, int columns) {
-  if (cell == Cell::lstm) return lstm_backward_kernel(arithmetic, columns);
-  if (cell == Cell::gru) return gru_backward_kernel(arithmetic, columns);
-  return rnn_backward_kernel(arithmetic, columns);
+BackwardKernel backward_kernel(Cell cell, Arithmetic arithmetic, int strands) {
+  if (cell == Cell::lstm) return lstm_backward_kernel(arithmetic, strands);
+  if (cell == Cell::gru) return gru_backward_kernel(arithmetic, strands);
+  return rnn_backward_kernel(arithmetic, strands);
 }
 
 // Whether everything that is copied in pieces of 16 bytes begins and goes on at multiples of that.
@@ -67,9 +67,22 @@ const char* check(const Recurrent& a, const Plan& plan, Arithmetic arithmetic) {
   return nullptr;
 }
 
+template <class Problem>
+const char* check(const Directions<Problem>& directions, const Plan& plan, Arithmetic arithmetic) {
+  const Recurrent& first = directions.of[0];
+  for (int d = 0; d < plan.directions; ++d) {
+    const Recurrent& a = directions.of[d];
+    if (const char* reason = check(a, plan, arithmetic)) return reason;
+    if (a.cell != first.cell || a.steps != first.steps || a.batch != first.batch ||
+        a.hidden != first.hidden)
+      return "recurrent: directions that run at once are of one shape and one batch";
+  }
+  return nullptr;
+}
+
 template <class Kernel, class Problem>
-const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithmetic arithmetic,
-                void* memory, void* stream_handle) {
+const char* run(Kernel kernel, const Directions<Problem>& directions, const Plan& plan,
+                Arithmetic arithmetic, void* memory, void* stream_handle) {
   if (kernel == nullptr) return "recurrent: no kernel of so many rows";
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const bool is_grid = plan.exchange == Exchange::grid;
@@ -79,20 +92,24 @@ const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithme
   shape.shared_bytes = static_cast<size_t>(plan.layout.bytes);
   shape.cluster = plan.exchange == Exchange::cluster ? static_cast<unsigned>(plan.blocks) : 1;
   shape.cooperative = is_grid;
-  const Copies copies = share_out(plan.units, is_wide(problem, arithmetic));
+  bool wide = true;
+  for (int d = 0; d < plan.directions; ++d) wide = wide && is_wide(directions.of[d], arithmetic);
+  const Copies copies = share_out(plan.units, wide);
+  const int groups = plan.groups * plan.directions;
   // What is not a grid is launched at once, and runs as there is room.
-  const int each = is_grid ? plan.at_once : plan.groups;
+  const int each = is_grid ? plan.at_once : groups;
   const size_t count_bytes = is_grid ? size_t{4} * kCountStride * plan.at_once : 0;
   Workspace workspace;
   workspace.counts = static_cast<unsigned*>(memory);
   workspace.states = static_cast<char*>(memory) + count_bytes;
   cudaError_t error = cudaSuccess;
-  for (int first = 0; first < plan.groups && error == cudaSuccess; first += each) {
+  for (int first = 0; first < groups && error == cudaSuccess; first += each) {
     workspace.first_group = first;
-    shape.grid = dim3(static_cast<unsigned>(std::min(each, plan.groups - first) * plan.blocks));
+    const int teams = std::min(each, groups - first) / plan.strands;
+    shape.grid = dim3(static_cast<unsigned>(teams * plan.blocks));
     if (is_grid) error = cudaMemsetAsync(workspace.counts, 0, count_bytes, stream);
     if (error == cudaSuccess)
-      error = launch(kernel, shape, stream, problem, plan, copies, workspace);
+      error = launch(kernel, shape, stream, directions, plan, copies, workspace);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -100,30 +117,30 @@ const char* run(Kernel kernel, const Problem& problem, const Plan& plan, Arithme
 }  // namespace
 
 const void* kernel_of(const Task& task, const Plan& plan) {
-  const int columns = plan.rows / 8;
+  const int strands = plan.strands;
   return task.backward
-             ? reinterpret_cast<const void*>(backward_kernel(task.cell, task.arithmetic, columns))
-             : reinterpret_cast<const void*>(forward_kernel(task.cell, task.arithmetic, columns));
+             ? reinterpret_cast<const void*>(backward_kernel(task.cell, task.arithmetic, strands))
+             : reinterpret_cast<const void*>(forward_kernel(task.cell, task.arithmetic, strands));
 }
 
 }  // namespace recurrent
 
-const char* recurrent_forward_cuda(const RecurrentForward& problem, const recurrent::Plan& plan,
-                                   recurrent::Arithmetic arithmetic, void* workspace,
-                                   void* stream) {
+const char* recurrent_forward_cuda(const recurrent::Directions<RecurrentForward>& directions,
+                                   const recurrent::Plan& plan, recurrent::Arithmetic arithmetic,
+                                   void* workspace, void* stream) {
   using namespace recurrent;
-  if (const char* reason = check(problem, plan, arithmetic)) return reason;
-  return run(forward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
-             workspace, stream);
+  if (const char* reason = check(directions, plan, arithmetic)) return reason;
+  return run(forward_kernel(directions.of[0].cell, arithmetic, plan.strands), directions, plan,
+             arithmetic, workspace, stream);
 }
 
-const char* recurrent_backward_cuda(const RecurrentBackward& problem, const recurrent::Plan& plan,
-                                    recurrent::Arithmetic arithmetic, void* workspace,
-                                    void* stream) {
+const char* recurrent_backward_cuda(const recurrent::Directions<RecurrentBackward>& directions,
+                                    const recurrent::Plan& plan, recurrent::Arithmetic arithmetic,
+                                    void* workspace, void* stream) {
   using namespace recurrent;
-  if (const char* reason = check(problem, plan, arithmetic)) return reason;
-  return run(backward_kernel(problem.cell, arithmetic, plan.rows / 8), problem, plan, arithmetic,
-             workspace, stream);
+  if (const char* reason = check(directions, plan, arithmetic)) return reason;
+  return run(backward_kernel(directions.of[0].cell, arithmetic, plan.strands), directions, plan,
+             arithmetic, workspace, stream);
 }
 
 }  // namespace fastseq

@@ -11,30 +11,30 @@
 
 namespace fastseq::recurrent {
 
-template <Cell kCell, Arithmetic kArithmetic, int kColumns>
+template <Cell kCell, Arithmetic kArithmetic, int kTurns>
 struct Backward {
   using Problem = RecurrentBackward;
   using E = Element<kArithmetic>;
   using Type = typename E::Type;
   using Math = DeviceMath<sizeof(Type) == 4>;
-  static constexpr Tile kTile = tile_of(kCell, kArithmetic, 8 * kColumns, true);
+  static constexpr Tile kTile = tile_of(kCell, kArithmetic, kTurns, true);
   static constexpr Arithmetic kArith = kArithmetic;
   static constexpr int kOctets = kTile.octets, kGates = gates_of(kCell), kSaved = saved_of(kCell);
   static constexpr int kFields = kGates;  // of a unit in the state
-  static constexpr int kN = kColumns, kRows = 8 * kColumns, kElement = sizeof(Type);
+  static constexpr int kStrands = kTurns, kElement = sizeof(Type);
   static constexpr bool kLstm = kCell == Cell::lstm, kGru = kCell == Cell::gru, kBackward = true;
-  using Sums = Accumulators<kArithmetic, kTile.matrices, kColumns>;
+  static constexpr int kWords = kept_words(kCell, kOctets, kBackward);
+  using Sums = Accumulators<kArithmetic, kTile.matrices>;
 
   const Problem& a;
   const Plan& plan;
   const Place& place;
   const Copies& copies;
-  char* const shared;
+  char* shared;  // of the strand
   // Of the thread's units, one of each octet, and rows, two of every eight: the gradient of h while
   // nothing is added to it; of a GRU the part that goes past the product; of c; c itself.
-  float h[kOctets][kColumns][2], direct[kGru ? kOctets : 1][kColumns][2];
-  float c[kLstm ? kOctets : 1][kColumns][2], cell[kLstm ? kOctets : 1][kColumns][2];
-  int length[kColumns][2];  // 0 of a row that does not exist
+  float h[kOctets][2], direct[kGru ? kOctets : 1][2];
+  float c[kLstm ? kOctets : 1][2], cell[kLstm ? kOctets : 1][2];
 
   __device__ __forceinline__ Backward(const Problem& problem, const Plan& cut, const Place& where,
                                       char* memory, const Copies& share)
@@ -48,12 +48,10 @@ struct Backward {
     return (place.tile * kOctets + octet) * 8 + place.lane / 4;
   }
   __device__ __forceinline__ bool exists(int octet) const { return unit(octet) < place.units; }
-  __device__ __forceinline__ int row(int column, int e) const {
-    return column * 8 + place.lane % 4 * 2 + e;
-  }
+  __device__ __forceinline__ int row(int e) const { return place.lane % 4 * 2 + e; }
   // Of a unit and row in a tensor [B, H].
-  __device__ __forceinline__ int64_t at(int octet, int column, int e) const {
-    return (place.first_row + row(column, e)) * a.hidden + place.first_unit + unit(octet);
+  __device__ __forceinline__ int64_t at(int octet, int e) const {
+    return (place.first_row + row(e)) * a.hidden + place.first_unit + unit(octet);
   }
 
   // Sixteen bytes of weights from inner element k on, of an octet's unit: its column. k is gate
@@ -69,29 +67,26 @@ struct Backward {
     if (place.split != 0) return;
     const int last = a.reverse ? 0 : static_cast<int>(a.steps) - 1;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j)
+    for (int e = 0; e < 2; ++e) {
+      const bool real = row(e) < place.rows;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool real = row(j, e) < place.rows;
-        length[j][e] = real ? length_of(a, place.first_row + row(j, e)) : 0;
-#pragma unroll
-        for (int q = 0; q < kOctets; ++q) {
-          const auto first = [&](const void* given) {
-            return given == nullptr || !real || !exists(q)
-                       ? 0.0f
-                       : E::to_float(static_cast<const Type*>(given)[at(q, j, e)]);
-          };
-          h[q][j][e] = first(a.grad_h_n);
-          if constexpr (kGru) direct[q][j][e] = 0;
-          if constexpr (kLstm) {
-            c[q][j][e] = first(a.grad_c_n);
-            cell[q][j][e] =
-                !real || !exists(q)
-                    ? 0.0f
-                    : static_cast<const float*>(a.cells)[last * a.batch * a.hidden + at(q, j, e)];
-          }
+      for (int q = 0; q < kOctets; ++q) {
+        const auto first = [&](const void* given) {
+          return given == nullptr || !real || !exists(q)
+                     ? 0.0f
+                     : E::to_float(static_cast<const Type*>(given)[at(q, e)]);
+        };
+        h[q][e] = first(a.grad_h_n);
+        if constexpr (kGru) direct[q][e] = 0;
+        if constexpr (kLstm) {
+          c[q][e] = first(a.grad_c_n);
+          cell[q][e] =
+              !real || !exists(q)
+                  ? 0.0f
+                  : static_cast<const float*>(a.cells)[last * a.batch * a.hidden + at(q, e)];
         }
       }
+    }
   }
 
   // Where in a turn's stage is what: pointers to row 0.
@@ -176,15 +171,13 @@ struct Backward {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (t >= length[j][e] || !exists(q)) continue;
-          float grad = sums.values[0][j][q * 2 + e];
-          if (a.keep != nullptr) grad *= E::to_float(static_cast<const Type*>(a.keep)[at(q, j, e)]);
-          if constexpr (kGru) grad += direct[q][j][e];
-          h[q][j][e] = after > 0 && cut ? 0.0f : clipped(grad, bound);
-        }
+      for (int e = 0; e < 2; ++e) {
+        if (t >= lengths_of(plan, shared)[row(e)] || !exists(q)) continue;
+        float grad = sums.values[0][q * 2 + e];
+        if (a.keep != nullptr) grad *= E::to_float(static_cast<const Type*>(a.keep)[at(q, e)]);
+        if constexpr (kGru) grad += direct[q][e];
+        h[q][e] = after > 0 && cut ? 0.0f : clipped(grad, bound);
+      }
   }
 
   static __device__ __forceinline__ float clipped(float grad, float bound) {
@@ -205,70 +198,86 @@ struct Backward {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
+      for (int e = 0; e < 2; ++e) {
+        const int u = unit(q), r = row(e);
+        const int length = lengths_of(plan, shared)[r];
+        const bool active = t < length && exists(q);
+        const bool is_first = before < 0 || before >= length;
+        const auto read = [](const char* part, int element) {
+          return E::to_float(reinterpret_cast<const Type*>(part)[element]);
+        };
+        float gate[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int u = unit(q), r = row(j, e);
-          const bool active = t < length[j][e] && exists(q);
-          const bool is_first = before < 0 || before >= length[j][e];
-          const auto read = [](const char* part, int element) {
-            return E::to_float(reinterpret_cast<const Type*>(part)[element]);
-          };
-          float gate[4];
-#pragma unroll
-          for (int s = 0; s < kSaved; ++s)
-            gate[s] = read(in.gates + r * in.gates_pitch, s * plan.units + u);
-          float grad = h[q][j][e];
-          if (a.grad_output.data != nullptr) grad += read(in.grad_output + r * in.pitch, u);
-          float hidden = 0;  // of a GRU, the gradient of the hidden part of n
-          if constexpr (kLstm) {
-            float c_before = reinterpret_cast<const float*>(in.cells + r * in.cells_pitch)[u];
-            const float c_after = cell[q][j][e];
-            cell[q][j][e] = c_before;
-            if (active && is_first)
-              c_before = E::to_float(static_cast<const Type*>(a.c0)[at(q, j, e)]);
-            float total = c[q][j][e];
-            if (a.grad_cells.data != nullptr)
-              total += reinterpret_cast<const float*>(in.grad_cells + r * in.cells_pitch)[u];
-            const float tanh_c = Math::tanh(c_after);
-            total += grad * gate[3] * (1 - tanh_c * tanh_c);
-            gates::lstm_backward<Math>(gate[0], gate[1], gate[2], gate[3], c_before, grad * tanh_c,
-                                       total);
-            if (active) c[q][j][e] = cut ? 0.0f : clipped(total, bound);
-          } else if constexpr (kGru) {
-            float h_before = read(in.before + r * in.pitch, u);
-            if (active && is_first)
-              h_before = E::to_float(static_cast<const Type*>(a.h0)[at(q, j, e)]);
-            const float straight =
-                gates::gru_backward<Math>(gate[0], gate[1], gate[2], gate[3], h_before, grad);
-            if (active) direct[q][j][e] = straight;
-            hidden = gate[3];
-          } else {
-            const float y = gate[0];
-            gate[0] = a.cell == Cell::tanh ? grad * (1 - y * y) : y > 0 ? grad : 0.0f;
-          }
-          Type* const column =
-              reinterpret_cast<Type*>(next + r * plan.layout.state_pitch) + place.first_unit + u;
-#pragma unroll
-          for (int g = 0; g < kGates; ++g) {
-            const Type rounded = active ? E::from_float(gate[g]) : Type{};
-            reinterpret_cast<Type*>(out + r * out_pitch)[g * plan.units + u] = rounded;
-            Type operand = rounded;
-            if constexpr (kGru) {
-              if (g == 2) {
-                operand = active ? E::from_float(hidden) : Type{};
-                reinterpret_cast<Type*>(hidden_out + r * in.pitch)[u] = operand;
-              }
-            }
-            column[g * plan.padded_units] = E::operand(operand);
-          }
+        for (int s = 0; s < kSaved; ++s)
+          gate[s] = read(in.gates + r * in.gates_pitch, s * plan.units + u);
+        float grad = h[q][e];
+        if (a.grad_output.data != nullptr) grad += read(in.grad_output + r * in.pitch, u);
+        float hidden = 0;  // of a GRU, the gradient of the hidden part of n
+        if constexpr (kLstm) {
+          float c_before = reinterpret_cast<const float*>(in.cells + r * in.cells_pitch)[u];
+          const float c_after = cell[q][e];
+          cell[q][e] = c_before;
+          if (active && is_first) c_before = E::to_float(static_cast<const Type*>(a.c0)[at(q, e)]);
+          float total = c[q][e];
+          if (a.grad_cells.data != nullptr)
+            total += reinterpret_cast<const float*>(in.grad_cells + r * in.cells_pitch)[u];
+          const float tanh_c = Math::tanh(c_after);
+          total += grad * gate[3] * (1 - tanh_c * tanh_c);
+          gates::lstm_backward<Math>(gate[0], gate[1], gate[2], gate[3], c_before, grad * tanh_c,
+                                     total);
+          if (active) c[q][e] = cut ? 0.0f : clipped(total, bound);
+        } else if constexpr (kGru) {
+          float h_before = read(in.before + r * in.pitch, u);
+          if (active && is_first) h_before = E::to_float(static_cast<const Type*>(a.h0)[at(q, e)]);
+          const float straight =
+              gates::gru_backward<Math>(gate[0], gate[1], gate[2], gate[3], h_before, grad);
+          if (active) direct[q][e] = straight;
+          hidden = gate[3];
+        } else {
+          const float y = gate[0];
+          gate[0] = a.cell == Cell::tanh ? grad * (1 - y * y) : y > 0 ? grad : 0.0f;
         }
+        Type* const column =
+            reinterpret_cast<Type*>(next + r * plan.layout.state_pitch) + place.first_unit + u;
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          const Type rounded = active ? E::from_float(gate[g]) : Type{};
+          reinterpret_cast<Type*>(out + r * out_pitch)[g * plan.units + u] = rounded;
+          Type operand = rounded;
+          if constexpr (kGru) {
+            if (g == 2) {
+              operand = active ? E::from_float(hidden) : Type{};
+              reinterpret_cast<Type*>(hidden_out + r * in.pitch)[u] = operand;
+            }
+          }
+          column[g * plan.padded_units] = E::operand(operand);
+        }
+      }
   }
 
   __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
     const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, kFields, kRows, kElement>(plan, place, workspace, shared, n, next, units,
-                                            plan.padded_units * kElement);
+    send<kOctets, kFields, kElement>(plan, place, workspace, shared, n, next, units,
+                                     plan.padded_units * kElement);
+  }
+
+  // What the thread keeps of the strand, to shared memory or from there.
+  template <class Move>
+  __device__ __forceinline__ void move_kept(const Move& move) {
+    float* kept =
+        reinterpret_cast<float*>(shared + plan.layout.kept) + place.tile * kWords * 32 + place.lane;
+    const auto next = [&](float& value) {
+      move(value, *kept);
+      kept += 32;
+    };
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        next(h[q][e]);
+        if constexpr (kGru) next(direct[q][e]);
+        if constexpr (kLstm) next(c[q][e]), next(cell[q][e]);
+      }
   }
 
   __device__ __forceinline__ void finish(const Sums& sums) {
@@ -276,14 +285,11 @@ struct Backward {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (row(j, e) >= place.rows || !exists(q)) continue;
-          static_cast<Type*>(a.grad_h0)[at(q, j, e)] = E::from_float(h[q][j][e]);
-          if constexpr (kLstm)
-            static_cast<Type*>(a.grad_c0)[at(q, j, e)] = E::from_float(c[q][j][e]);
-        }
+      for (int e = 0; e < 2; ++e) {
+        if (row(e) >= place.rows || !exists(q)) continue;
+        static_cast<Type*>(a.grad_h0)[at(q, e)] = E::from_float(h[q][e]);
+        if constexpr (kLstm) static_cast<Type*>(a.grad_c0)[at(q, e)] = E::from_float(c[q][e]);
+      }
   }
 };
 

@@ -31,8 +31,7 @@ int groups_that_run(const Task& task, const Plan& plan, const Chip& chip) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int count = 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.layout.bytes);
+  cudaError_t error = allow_shared(kernel, config.dynamicSmemBytes);
   if (plan.exchange == Exchange::cluster) {
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -47,9 +46,24 @@ int groups_that_run(const Task& task, const Plan& plan, const Chip& chip) {
   return error == cudaSuccess ? count : 0;
 }
 
+// What is asked and allowed of a kernel is so of the current device.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
+    cudaSetDevice(device);
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
 // Chips differ in how many multiprocessors they have together, and a slice of one has fewer: where
 // no cluster of the size finds room, smaller ones are tried, then a grid.
 Plan plan_on(const Task& task, int device) {
+  const OnDevice current(device);
   const BlockLimits limits = block_limits_cuda(device);
   Chip chip{multiprocessor_count_cuda(device), limits.shared_bytes, limits.cluster};
   for (;;) {
@@ -64,10 +78,11 @@ Plan plan_on(const Task& task, int device) {
 }  // namespace
 
 Plan recurrent_plan_cuda(const Task& task, int device) {
-  using Key = std::tuple<int, Cell, recurrent::Arithmetic, int64_t, int64_t, bool>;
+  using Key = std::tuple<int, Cell, recurrent::Arithmetic, int64_t, int64_t, bool, int>;
   static std::mutex mutex;
   static std::map<Key, Plan> plans;
-  const Key key{device, task.cell, task.arithmetic, task.batch, task.hidden, task.backward};
+  const Key key{device,      task.cell,     task.arithmetic, task.batch,
+                task.hidden, task.backward, task.directions};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;

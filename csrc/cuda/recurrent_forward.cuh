@@ -6,29 +6,28 @@
 
 namespace fastseq::recurrent {
 
-template <Cell kCell, Arithmetic kArithmetic, int kColumns>
+template <Cell kCell, Arithmetic kArithmetic, int kTurns>
 struct Forward {
   using Problem = RecurrentForward;
   using E = Element<kArithmetic>;
   using Type = typename E::Type;
   using Math = DeviceMath<sizeof(Type) == 4>;
-  static constexpr Tile kTile = tile_of(kCell, kArithmetic, 8 * kColumns, false);
+  static constexpr Tile kTile = tile_of(kCell, kArithmetic, kTurns, false);
   static constexpr Arithmetic kArith = kArithmetic;
   static constexpr int kOctets = kTile.octets, kGates = gates_of(kCell), kSaved = saved_of(kCell);
   static constexpr int kFields = 1;  // of a unit in the state
-  static constexpr int kN = kColumns, kRows = 8 * kColumns, kElement = sizeof(Type);
+  static constexpr int kStrands = kTurns, kElement = sizeof(Type);
   static constexpr bool kLstm = kCell == Cell::lstm, kBackward = false;
-  using Sums = Accumulators<kArithmetic, kTile.matrices, kColumns>;
+  static constexpr int kWords = kept_words(kCell, kOctets, kBackward);
+  using Sums = Accumulators<kArithmetic, kTile.matrices>;
 
   const Problem& a;
   const Plan& plan;
   const Place& place;
   const Copies& copies;
-  char* const shared;
+  char* shared;  // of the strand
   // Of the thread's units, one of each octet, and rows: two of every eight.
-  float h[kOctets][kColumns][2], c[kLstm ? kOctets : 1][kColumns][2];
-  float bias[kCell == Cell::gru ? 3 : 1][kOctets];
-  int length[kColumns][2];  // 0 of a row that does not exist
+  float h[kOctets][2], c[kLstm ? kOctets : 1][2];
 
   __device__ __forceinline__ Forward(const Problem& problem, const Plan& cut, const Place& where,
                                      char* memory, const Copies& share)
@@ -42,9 +41,7 @@ struct Forward {
     return (place.tile * kOctets + octet) * 8 + place.lane / 4;
   }
   __device__ __forceinline__ bool exists(int octet) const { return unit(octet) < place.units; }
-  __device__ __forceinline__ int row(int column, int e) const {
-    return column * 8 + place.lane % 4 * 2 + e;
-  }
+  __device__ __forceinline__ int row(int e) const { return place.lane % 4 * 2 + e; }
 
   // Sixteen bytes of weights from inner element k on, of a half of the tile's matrices: gate
   // half % kGates of an octet's unit.
@@ -59,9 +56,8 @@ struct Forward {
     return gather(from, 1, left);
   }
 
-  __device__ __forceinline__ void store_state(char* state, int column, int e, int octet,
-                                              float value) const {
-    const int r = row(column, e);
+  __device__ __forceinline__ void store_state(char* state, int e, int octet, float value) const {
+    const int r = row(e);
     if (a.keep != nullptr && r < place.rows && exists(octet)) {
       const Type keep = static_cast<const Type*>(
           a.keep)[(place.first_row + r) * a.hidden + place.first_unit + unit(octet)];
@@ -69,6 +65,10 @@ struct Forward {
     }
     reinterpret_cast<Type*>(state + r * plan.layout.state_pitch)[place.first_unit + unit(octet)] =
         E::operand(E::from_float(value));
+  }
+
+  __device__ __forceinline__ float* biases() const {
+    return reinterpret_cast<float*>(shared + plan.layout.bias);
   }
 
   // The first state, of which every block reads all, and what the thread keeps to itself.
@@ -84,30 +84,30 @@ struct Forward {
               E::from_float(E::to_float(value) * E::to_float(static_cast<const Type*>(a.keep)[at]));
         reinterpret_cast<Type*>(state + r * plan.layout.state_pitch)[u] = E::operand(value);
       }
+    if constexpr (kCell == Cell::gru) {
+      for (int g = 0; g < 3; ++g)
+        for (int u = static_cast<int>(threadIdx.x); u < plan.units;
+             u += static_cast<int>(blockDim.x)) {
+          const int64_t at = g * a.hidden + place.first_unit + u;
+          biases()[g * plan.units + u] = a.bias_hh == nullptr || u >= place.units
+                                             ? 0.0f
+                                             : E::to_float(static_cast<const Type*>(a.bias_hh)[at]);
+        }
+    }
     if (place.split != 0) return;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       const int64_t u = place.first_unit + unit(q);
-      if constexpr (kCell == Cell::gru) {
 #pragma unroll
-        for (int g = 0; g < 3; ++g)
-          bias[g][q] = a.bias_hh == nullptr || !exists(q)
-                           ? 0.0f
-                           : E::to_float(static_cast<const Type*>(a.bias_hh)[g * a.hidden + u]);
+      for (int e = 0; e < 2; ++e) {
+        const int64_t b = place.first_row + row(e);
+        const bool real = row(e) < place.rows;
+        h[q][e] = real && exists(q) ? E::to_float(h0[b * a.hidden + u]) : 0.0f;
+        if constexpr (kLstm)
+          c[q][e] = real && exists(q)
+                        ? E::to_float(static_cast<const Type*>(a.c0)[b * a.hidden + u])
+                        : 0.0f;
       }
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int64_t b = place.first_row + row(j, e);
-          const bool real = row(j, e) < place.rows;
-          length[j][e] = !real ? 0 : length_of(a, b);
-          h[q][j][e] = real && exists(q) ? E::to_float(h0[b * a.hidden + u]) : 0.0f;
-          if constexpr (kLstm)
-            c[q][j][e] = real && exists(q)
-                             ? E::to_float(static_cast<const Type*>(a.c0)[b * a.hidden + u])
-                             : 0.0f;
-        }
     }
   }
 
@@ -159,51 +159,67 @@ struct Forward {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
+      for (int e = 0; e < 2; ++e) {
+        const int u = unit(q), r = row(e);
+        const bool active = t < lengths_of(plan, shared)[r] && exists(q);
+        float gate[4], made;
+        float product[kGates];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int u = unit(q), r = row(j, e);
-          const bool active = t < length[j][e] && exists(q);
-          float gate[4], made;
-          float product[kGates];
-#pragma unroll
-          for (int g = 0; g < kGates; ++g) {
-            const int half = q * kGates + g;
-            product[g] = sums.values[half / 2][j][half % 2 * 2 + e];
-            gate[g] =
-                E::to_float(reinterpret_cast<const Type*>(x + r * x_pitch)[g * plan.units + u]);
-          }
-          if constexpr (kLstm) {
-#pragma unroll
-            for (int g = 0; g < 4; ++g) gate[g] += product[g];
-            const float cell = gates::lstm<Math>(gate[0], gate[1], gate[2], gate[3], c[q][j][e]);
-            made = gate[3] * Math::tanh(cell);
-            reinterpret_cast<float*>(cells_out + r * stage_pitch(4 * plan.units))[u] =
-                active ? cell : 0.0f;
-            if (active) c[q][j][e] = cell;
-          } else if constexpr (kCell == Cell::gru) {
-            gate[0] += product[0] + bias[0][q];
-            gate[1] += product[1] + bias[1][q];
-            gate[3] = product[2] + bias[2][q];
-            made = gates::gru<Math>(gate[0], gate[1], gate[2], gate[3], h[q][j][e]);
-          } else {
-            const float sum = gate[0] + product[0];
-            gate[0] = made = a.cell == Cell::tanh ? Math::tanh(sum) : sum < 0 ? 0.0f : sum;
-          }
-          const Type rounded = E::from_float(made);
-          reinterpret_cast<Type*>(out + r * h_pitch)[u] = active ? rounded : Type{};
-#pragma unroll
-          for (int s = 0; s < kSaved; ++s)
-            reinterpret_cast<Type*>(saved_out + r * saved_pitch)[s * plan.units + u] =
-                active ? E::from_float(gate[s]) : Type{};
-          if (active) h[q][j][e] = E::to_float(rounded);
-          store_state(next, j, e, q, h[q][j][e]);
+        for (int g = 0; g < kGates; ++g) {
+          const int half = q * kGates + g;
+          product[g] = sums.values[half / 2][half % 2 * 2 + e];
+          gate[g] = E::to_float(reinterpret_cast<const Type*>(x + r * x_pitch)[g * plan.units + u]);
         }
+        if constexpr (kLstm) {
+#pragma unroll
+          for (int g = 0; g < 4; ++g) gate[g] += product[g];
+          const float cell = gates::lstm<Math>(gate[0], gate[1], gate[2], gate[3], c[q][e]);
+          made = gate[3] * Math::tanh(cell);
+          reinterpret_cast<float*>(cells_out + r * stage_pitch(4 * plan.units))[u] =
+              active ? cell : 0.0f;
+          if (active) c[q][e] = cell;
+        } else if constexpr (kCell == Cell::gru) {
+          const float* const bias = biases() + u;
+          gate[0] += product[0] + bias[0];
+          gate[1] += product[1] + bias[plan.units];
+          gate[3] = product[2] + bias[2 * plan.units];
+          made = gates::gru<Math>(gate[0], gate[1], gate[2], gate[3], h[q][e]);
+        } else {
+          const float sum = gate[0] + product[0];
+          gate[0] = made = a.cell == Cell::tanh ? Math::tanh(sum) : sum < 0 ? 0.0f : sum;
+        }
+        const Type rounded = E::from_float(made);
+        reinterpret_cast<Type*>(out + r * h_pitch)[u] = active ? rounded : Type{};
+#pragma unroll
+        for (int s = 0; s < kSaved; ++s)
+          reinterpret_cast<Type*>(saved_out + r * saved_pitch)[s * plan.units + u] =
+              active ? E::from_float(gate[s]) : Type{};
+        if (active) h[q][e] = E::to_float(rounded);
+        store_state(next, e, q, h[q][e]);
+      }
   }
 
   __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
     const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, kFields, kRows, kElement>(plan, place, workspace, shared, n, next, units, 0);
+    send<kOctets, kFields, kElement>(plan, place, workspace, shared, n, next, units, 0);
+  }
+
+  // What the thread keeps of the strand, to shared memory or from there.
+  template <class Move>
+  __device__ __forceinline__ void move_kept(const Move& move) {
+    float* kept =
+        reinterpret_cast<float*>(shared + plan.layout.kept) + place.tile * kWords * 32 + place.lane;
+    const auto next = [&](float& value) {
+      move(value, *kept);
+      kept += 32;
+    };
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        next(h[q][e]);
+        if constexpr (kLstm) next(c[q][e]);
+      }
   }
 
   __device__ __forceinline__ void finish() const {
@@ -211,14 +227,12 @@ struct Forward {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (row(j, e) >= place.rows || !exists(q)) continue;
-          const int64_t at = (place.first_row + row(j, e)) * a.hidden + place.first_unit + unit(q);
-          static_cast<Type*>(a.h_n)[at] = E::from_float(h[q][j][e]);
-          if constexpr (kLstm) static_cast<Type*>(a.c_n)[at] = E::from_float(c[q][j][e]);
-        }
+      for (int e = 0; e < 2; ++e) {
+        if (row(e) >= place.rows || !exists(q)) continue;
+        const int64_t at = (place.first_row + row(e)) * a.hidden + place.first_unit + unit(q);
+        static_cast<Type*>(a.h_n)[at] = E::from_float(h[q][e]);
+        if constexpr (kLstm) static_cast<Type*>(a.c_n)[at] = E::from_float(c[q][e]);
+      }
   }
 };
 

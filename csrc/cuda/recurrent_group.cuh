@@ -9,7 +9,8 @@ namespace fastseq::recurrent {
 
 // A thread's place. Rows are of the group's tile, units of the block.
 struct Place {
-  int group, rank;        // of groups, of the group's blocks
+  int group, rank;        // of the launch's groups (the strand's, now), of the group's blocks
+  int direction;          // whose rows the group has
   int warp, lane;         // lane = 4 * (lane / 4) + quad
   int tile, split;        // of the warp
   int first_unit, units;  // of the block: the first, and how many exist
@@ -17,11 +18,9 @@ struct Place {
   int rows;  // that exist
 };
 
-__device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int64_t batch,
-                                          int64_t hidden) {
+__device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int64_t hidden) {
   Place place;
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  place.group = block / plan.blocks;  // of this launch
   place.rank = block % plan.blocks;
   place.warp = thread / 32;
   place.lane = thread % 32;
@@ -30,9 +29,19 @@ __device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int
   place.first_unit = place.rank * plan.units;
   place.units =
       static_cast<int>(max(int64_t{0}, min(int64_t{plan.units}, hidden - place.first_unit)));
-  place.first_row = (int64_t{first_group} + place.group) * plan.rows;
-  place.rows = static_cast<int>(min(int64_t{plan.rows}, batch - place.first_row));
+  // One direction's groups, then the other's.
+  const int group = first_group + block / plan.blocks * plan.strands;
+  place.direction = group >= plan.groups ? 1 : 0;
   return place;
+}
+
+// The place's group and rows become those of a strand.
+__device__ __forceinline__ void turn_to(Place& place, int strand, const Plan& plan,
+                                        int first_group) {
+  place.group = static_cast<int>(blockIdx.x) / plan.blocks * plan.strands + strand;
+  const int of_direction = first_group + place.group - place.direction * plan.groups;
+  place.first_row = int64_t{of_direction} * kRows;
+  place.rows = static_cast<int>(max(int64_t{0}, min(int64_t{kRows}, plan.batch - place.first_row)));
 }
 
 // The same number, of which the compiler knows nothing: what follows from it is worked out anew in
@@ -50,6 +59,18 @@ __device__ __forceinline__ int length_of(const Recurrent& a, int64_t row) {
                                                : max(int64_t{0}, min(a.lengths[row], a.steps)));
 }
 
+// The lengths of the group's rows, in shared memory: a register for each would be a weight's.
+__device__ __forceinline__ int* lengths_of(const Plan& plan, char* shared) {
+  return reinterpret_cast<int*>(shared + plan.layout.lengths);
+}
+
+__device__ __forceinline__ void bring_lengths(const Recurrent& a, const Plan& plan,
+                                              const Place& place, char* shared) {
+  const int row = static_cast<int>(threadIdx.x);
+  if (row < kRows)
+    lengths_of(plan, shared)[row] = row < place.rows ? length_of(a, place.first_row + row) : 0;
+}
+
 // How a cluster's blocks hand on a state: what each sends comes with a count of bytes, so that a
 // block goes on once all of a state has come. That needs no barrier of the cluster, whose release
 // would wait for all that was ever stored. Buffer n % 2 has state n and a count of its own, which
@@ -62,7 +83,7 @@ __device__ __forceinline__ uint64_t* count_of(const Plan& plan, char* shared, in
 __device__ __forceinline__ void expect_state(const Plan& plan, char* shared, int n, int row_bytes) {
   if (plan.exchange != Exchange::cluster || plan.sharers == 1 || threadIdx.x != 0) return;
   transfer_expect(count_of(plan, shared, n),
-                  static_cast<unsigned>((plan.sharers - 1) * plan.rows * row_bytes));
+                  static_cast<unsigned>((plan.sharers - 1) * kRows * row_bytes));
 }
 
 __device__ __forceinline__ void wait_for_state(const Plan& plan, char* shared, int n) {
@@ -75,13 +96,13 @@ __device__ __forceinline__ void wait_for_state(const Plan& plan, char* shared, i
 __device__ __forceinline__ uint4* global_state(const Workspace& workspace, const Plan& plan,
                                                const Place& place, int n, int row, int byte) {
   const int64_t buffer = 2 * int64_t{place.group} + n % 2;
-  return reinterpret_cast<uint4*>(workspace.states + (buffer * plan.rows + row) * plan.state_bytes +
+  return reinterpret_cast<uint4*>(workspace.states + (buffer * kRows + row) * plan.state_bytes +
                                   byte);
 }
 
 // Sends what the warp's lanes have written into state n of their own block to the others: of each
 // row and field, the 8 * kOctets units that begin at byte `units` of a row.
-template <int kOctets, int kFields, int kRows, int kElement>
+template <int kOctets, int kFields, int kElement>
 __device__ __forceinline__ void send(const Plan& plan, const Place& place,
                                      const Workspace& workspace, char* shared, int n, char* state,
                                      int units, int field_bytes) {
@@ -112,7 +133,7 @@ __device__ __forceinline__ void fetch_state(const Plan& plan, const Place& place
                                             const Workspace& workspace, char* state, int n) {
   const int pieces = plan.state_bytes / 16;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  for (int row = 0; row < plan.rows; ++row)
+  for (int row = 0; row < kRows; ++row)
     for (int i = place.warp * 32 + place.lane; i < pieces; i += warps * 32)
       *reinterpret_cast<uint4*>(state + row * plan.layout.state_pitch + i * 16) =
           __ldcg(global_state(workspace, plan, place, n, row, i * 16));

@@ -3,12 +3,12 @@
 
 namespace fastseq::recurrent {
 
-ForwardKernel gru_forward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::gru, Forward>(arithmetic, columns);
+ForwardKernel gru_forward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::gru, Forward>(arithmetic, strands);
 }
 
-BackwardKernel gru_backward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::gru, Backward>(arithmetic, columns);
+BackwardKernel gru_backward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::gru, Backward>(arithmetic, strands);
 }
 
 }  // namespace fastseq::recurrent

@@ -12,8 +12,10 @@
 //      by a counter and L2
 //
 // The state has two buffers, written for step n + 1 while step n's is read; see recurrent_group.cuh
-// for why that is enough. The backward is the same with other products: of the gates' gradients
-// with the weights' columns, taken after the exchange, so it makes one more of them.
+// for why that is enough. A grid's blocks have one: shared memory is what decides how large a layer
+// they take, and they wait for L2 anyway. The backward is the same with other products: of the
+// gates' gradients with the weights' columns, taken after the exchange, so it makes one more of
+// them.
 //
 // Deterministic: every sum has one order, which the plan's splits fix.
 #pragma once
@@ -22,66 +24,88 @@
 
 namespace fastseq::recurrent {
 
-// Adds the other splits' sums to those of the first, in their order. All threads of the block.
-template <class Sums, int kMatrices, int kColumns>
+// Adds the other splits' sums to those of the first, in their order. All threads of the block; when
+// it is over, none of them reads a state any more that has the next one's place.
+template <class Sums, int kMatrices>
 __device__ __forceinline__ void add_splits(Sums& sums, const Plan& plan, const Place& place,
                                            char* shared) {
-  if (plan.splits == 1) return;
+  if (plan.splits == 1) {
+    if (plan.layout.next_state == 0) __syncthreads();
+    return;
+  }
   float4* const partial = reinterpret_cast<float4*>(shared + plan.layout.partial) + place.lane;
-  const auto at = [&](int split, int m, int c) -> float4& {
-    return partial[(((split - 1) * plan.tiles + place.tile) * kMatrices * kColumns + m * kColumns +
-                    c) *
-                   32];
+  const auto at = [&](int split, int m) -> float4& {
+    return partial[(((split - 1) * plan.tiles + place.tile) * kMatrices + m) * 32];
   };
   if (place.split > 0) {
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float (&v)[4] = sums.values[m][c];
-        at(place.split, m, c) = make_float4(v[0], v[1], v[2], v[3]);
-      }
+    for (int m = 0; m < kMatrices; ++m) {
+      const float (&v)[4] = sums.values[m];
+      at(place.split, m) = make_float4(v[0], v[1], v[2], v[3]);
+    }
   }
   __syncthreads();
   if (place.split > 0) return;
   for (int s = 1; s < plan.splits; ++s)
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float4 more = at(s, m, c);
-        float (&v)[4] = sums.values[m][c];
-        v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
-      }
+    for (int m = 0; m < kMatrices; ++m) {
+      const float4 more = at(s, m);
+      float (&v)[4] = sums.values[m];
+      v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
+    }
 }
 
 template <class Pass>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
-    persistent_kernel(const typename Pass::Problem problem, const Plan plan, const Copies copies,
-                      const Workspace workspace) {
+    persistent_kernel(const __grid_constant__ Directions<typename Pass::Problem> directions,
+                      const Plan plan, const Copies copies, const Workspace workspace) {
   FASTSEQ_DYNAMIC_SHARED(char, shared);
   constexpr Tile kTile = Pass::kTile;
-  Place place = place_of(plan, workspace.first_group, problem.batch, problem.hidden);
+  Place place = place_of(plan, workspace.first_group, directions.of[0].hidden);
+  const typename Pass::Problem& problem = directions.of[place.direction];
   Pass pass(problem, plan, place, shared, copies);
+  constexpr int kStrands = Pass::kStrands;
+  constexpr bool kTakesTurns = kStrands > 1;
+  const auto turn = [&](int strand) {
+    turn_to(place, strand, plan, workspace.first_group);
+    pass.shared = shared + strand * plan.layout.strand;
+  };
+  const auto keep = [&] {
+    if (kTakesTurns && place.split == 0)
+      pass.move_kept([](const float& mine, float& kept) { kept = mine; });
+  };
 
-  // Columns of rows that do not exist, and inner elements of units that do not, are zeros for good.
-  const int state_words = 2 * plan.rows * plan.layout.state_pitch / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < state_words; i += static_cast<int>(blockDim.x))
-    reinterpret_cast<uint4*>(shared + plan.layout.state)[i] = make_uint4(0, 0, 0, 0);
-  pass.bring(0);
-  copy_commit();
-  if (problem.steps > 1) pass.bring(1);
-  copy_commit();
+  for (int s = 0; s < kStrands; ++s) {
+    turn(s);
+    // Columns of rows that do not exist, and inner elements of units that do not, are zeros for
+    // good.
+    const int state_words = (plan.layout.input - plan.layout.state) / 16;
+    for (int i = static_cast<int>(threadIdx.x); i < state_words; i += static_cast<int>(blockDim.x))
+      reinterpret_cast<uint4*>(pass.shared + plan.layout.state)[i] = make_uint4(0, 0, 0, 0);
+    bring_lengths(problem, plan, place, pass.shared);
+    pass.bring(0);
+    copy_commit();
+  }
+  for (int s = 0; s < kStrands; ++s) {
+    turn(s);
+    if (problem.steps > 1) pass.bring(1);
+    copy_commit();
+  }
   Weights<Pass::kArith, kTile.matrices, kTile.held> weights;
   weights.load(plan, shared, place.warp, place.lane,
                [&](int half, int k) { return pass.weights(half, k); });
   __syncthreads();
-  pass.begin();
+  for (int s = 0; s < kStrands; ++s) {
+    turn(s);
+    pass.begin();
+    keep();
+  }
   copy_wait<1>();
   if (plan.exchange == Exchange::cluster) {
     if (threadIdx.x == 0) {
-      transfer_init(count_of(plan, shared, 0));
-      transfer_init(count_of(plan, shared, 1));
+      for (int s = 0; s < kStrands; ++s)
+        for (int n = 0; n < 2; ++n)
+          transfer_init(count_of(plan, shared + s * plan.layout.strand, n));
     }
     cluster_barrier();
     if (place.units == 0) return;  // no one sends here
@@ -92,44 +116,60 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   typename Pass::Sums sums;
   const int steps = static_cast<int>(problem.steps);
   const auto state = [&](int n) {
-    return shared + plan.layout.state + (n % 2) * plan.rows * plan.layout.state_pitch;
+    return pass.shared + plan.layout.state + (n % 2) * plan.layout.next_state;
   };
   const auto multiply = [&](int n) {
     weights.multiply(sums, state(n), plan.layout.state_pitch, place.lane);
-    add_splits<typename Pass::Sums, kTile.matrices, Pass::kN>(sums, plan, place, shared);
+    add_splits<typename Pass::Sums, kTile.matrices>(sums, plan, place, shared);
   };
   const bool is_grid = plan.exchange == Exchange::grid;
-  unsigned* const count = workspace.counts + kCountStride * place.group;
+  const auto count = [&] { return workspace.counts + kCountStride * place.group; };
+  // The strand's turn: what it kept, and all of state n, which its blocks have sent a while ago.
+  const auto take_up = [&](int strand, int n) {
+    if (kTakesTurns) {
+      turn(strand);
+      if (place.split == 0) pass.move_kept([](float& mine, const float& kept) { mine = kept; });
+    }
+    if (is_grid && n > 0) {
+      grid_wait(count(), static_cast<unsigned>(n) * static_cast<unsigned>(plan.blocks));
+      fetch_state(plan, place, workspace, state(n), n);
+      __syncthreads();
+    }
+    if (n > 0) wait_for_state(plan, pass.shared, n);
+  };
   for (int n = 0; n < steps; ++n) {
-    place.lane = opaque(place.lane);
     const bool goes_on = Pass::kBackward || n + 1 < steps;  // somebody reads the next state
-    if (goes_on) expect_state(plan, shared, n + 1, Pass::kFields * plan.units * Pass::kElement);
-    if (n + 2 < steps) pass.bring(n + 2);
-    copy_commit();
-    multiply(n);
-    if (place.split == 0) {
-      pass.step(n, sums, state(n + 1));
-      if (goes_on) pass.publish(n + 1, state(n + 1), workspace);
-    }
-    copy_wait<1>();
-    if (is_grid && goes_on) {
-      grid_arrive(count);
+    for (int s = 0; s < kStrands; ++s) {
+      place.lane = opaque(place.lane);
+      place.tile = opaque(place.tile);
+      take_up(s, n);
+      if (goes_on)
+        expect_state(plan, pass.shared, n + 1, Pass::kFields * plan.units * Pass::kElement);
+      if (n + 2 < steps) pass.bring(n + 2);
+      copy_commit();
+      multiply(n);
+      if (place.split == 0) {
+        pass.step(n, sums, state(n + 1));
+        if (goes_on) pass.publish(n + 1, state(n + 1), workspace);
+      }
+      copy_wait<1>();
+      if (is_grid && goes_on) grid_arrive(count());
       if (n > 0) pass.take(n - 1);
-      grid_wait(count, static_cast<unsigned>((n + 1) * plan.blocks));
-      fetch_state(plan, place, workspace, state(n + 1), n + 1);
-    } else if (n > 0) {
-      pass.take(n - 1);
+      keep();
+      if (!is_grid || !goes_on) __syncthreads();
     }
-    __syncthreads();
-    if (goes_on) wait_for_state(plan, shared, n + 1);
   }
-  if constexpr (Pass::kBackward) {
-    multiply(steps);
-    if (place.split == 0) pass.finish(sums);
-  } else {
-    pass.finish();
+  for (int s = 0; s < kStrands; ++s) {
+    take_up(s, Pass::kBackward ? steps : 0);
+    if constexpr (Pass::kBackward) {
+      multiply(steps);
+      if (place.split == 0) pass.finish(sums);
+      if (kTakesTurns) __syncthreads();  // the splits' sums have been read
+    } else {
+      pass.finish();
+    }
+    pass.take(steps - 1);
   }
-  pass.take(steps - 1);
 }
 
 }  // namespace fastseq::recurrent

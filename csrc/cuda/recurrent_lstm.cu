@@ -3,12 +3,12 @@
 
 namespace fastseq::recurrent {
 
-ForwardKernel lstm_forward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::lstm, Forward>(arithmetic, columns);
+ForwardKernel lstm_forward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::lstm, Forward>(arithmetic, strands);
 }
 
-BackwardKernel lstm_backward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::lstm, Backward>(arithmetic, columns);
+BackwardKernel lstm_backward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::lstm, Backward>(arithmetic, strands);
 }
 
 }  // namespace fastseq::recurrent

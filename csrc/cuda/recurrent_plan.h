@@ -35,6 +35,7 @@ enum class Arithmetic : int { f16, bf16, tf32, f32 };
 enum class Exchange : int { block, cluster, grid };
 
 constexpr int kMaxWarps = 16;        // of a block; 128 registers are left for each thread
+constexpr int kRows = 8;             // of the batch in a group: the columns of a product
 constexpr int kRegisters = 128;      // that the launch bounds leave
 constexpr int kMaxCluster = 16;      // above 8 a cluster is not portable, but H100 and H200 take it
 constexpr int kFragmentBytes = 512;  // of 16 by 16 (fp32: 16 by 8) weights, a lane's 16 in a row
@@ -58,20 +59,21 @@ constexpr int chunk_elements(Arithmetic arithmetic) {
 
 // Held weights take 8 registers a chunk and matrix; as many are held as leave no kernel without
 // registers for the rest (the most it takes is 128, and tests/test_simt_recurrent.py has them all).
-constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
-  const bool exact = arithmetic == Arithmetic::f32, wide = rows > 8;
+constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int strands, bool backward) {
+  const bool exact = arithmetic == Arithmetic::f32, turns = strands > 1;
+  const bool rounded = arithmetic == Arithmetic::tf32;
   if (backward) {
-    if (cell == Cell::lstm) return exact ? 3 : wide ? 1 : 6;
-    if (cell == Cell::gru) return exact ? 3 : wide ? 3 : 8;
-    return exact ? 5 : wide ? 6 : 8;
+    if (cell == Cell::lstm) return exact ? 4 : turns || rounded ? 6 : 7;
+    if (cell == Cell::gru) return exact ? 4 : turns ? 7 : 8;
+    return exact ? 5 : turns ? 7 : 8;
   }
-  if (cell == Cell::lstm) return exact ? 1 : wide ? 2 : 4;
-  if (cell == Cell::gru) return exact ? 0 : wide ? 1 : 2;
-  return exact ? 5 : wide ? 6 : 8;
+  if (cell == Cell::lstm) return exact ? 1 : turns ? 4 : 5;
+  if (cell == Cell::gru) return exact ? 0 : turns ? 1 : 2;
+  return exact ? 5 : turns ? 7 : 8;
 }
 
-constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int rows, bool backward) {
-  const int held = held_chunks(cell, arithmetic, rows, backward);
+constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int strands, bool backward) {
+  const int held = held_chunks(cell, arithmetic, strands, backward);
   if (backward) return {2, 1, 1, held};
   if (cell == Cell::lstm) return {1, 4, 2, held};
   if (cell == Cell::gru) return {2, 3, 3, held};
@@ -94,6 +96,14 @@ struct Workspace {
 };
 constexpr int kCountStride = 32;  // in counts
 
+// What one launch runs side by side, each on blocks of its own: a layer in one direction, or in
+// two, which are alike but for their tensors and the order of their steps.
+constexpr int kMaxDirections = 2;
+template <class Problem>
+struct Directions {
+  Problem of[kMaxDirections];
+};
+
 struct Task {
   Cell cell = Cell::lstm;
   Arithmetic arithmetic = Arithmetic::bf16;
@@ -103,17 +113,31 @@ struct Task {
 };
 
 // Where a block's shared memory has what, in bytes from its start; pitches are of a row of the
-// batch. Of the state and the output one buffer is read while the other is filled; the input is
-// asked for two steps ahead.
+// batch. Of the state and the output one buffer is read while the other is filled; but a grid's
+// blocks, which fetch a state from L2 after all have read the last, have one for the state. The
+// input is asked for two steps ahead.
 struct Layout {
-  int weights = 0;                        // [warp][chunk - held][matrix][2][lane][16]
-  int state = 0, state_pitch = 0;         // [2][rows][K]
-  int partial = 0;                        // [split - 1][tile][matrix][columns / 8][lane] float4
+  int weights = 0;  // [warp][chunk - held][matrix][2][lane][16]
+  int partial = 0;  // [split - 1][tile][matrix][lane] float4
+  // What follows there is for every strand, so many bytes apart.
+  int strand = 0;
+  int counts = 0;                         // of bytes received, one for each state buffer
+  int state = 0, state_pitch = 0;         // [2 or 1][rows][K]
+  int next_state = 0;                     // from a state's buffer to the next's
   int input = 0, output = 0;              // [3] and [2] of stages, see stage_bytes
   int input_bytes = 0, output_bytes = 0;  // of one
-  int counts = 0;                         // of bytes received, one for each state buffer
+  int lengths = 0;                        // [rows], 0 of a row that does not exist
+  int bias = 0;                           // [3][units] in fp32, of a GRU's forward
+  int kept = 0;                           // [tile][words][lane], with several strands
   int bytes = 0;
 };
+
+// What a thread of the first split keeps to itself from step to step, of each of its units and
+// rows.
+constexpr int kept_words(Cell cell, int octets, bool backward) {
+  const int words = cell == Cell::lstm ? (backward ? 3 : 2) : cell == Cell::gru && backward ? 2 : 1;
+  return words * octets * 2;
+}
 
 // Of a step, in cycles: estimates. The product takes as long as the longest of the first three.
 struct Costs {
@@ -127,11 +151,14 @@ struct Plan {
   const char* rejected = nullptr;  // why no kernel takes the problem
   Exchange exchange = Exchange::block;
   int blocks = 0;  // of a group
-  int groups = 0;
-  int at_once = 0;  // groups that run at once: an estimate, but of a grid what a launch has
-  int waves = 0;    // in which all run, one after the other
-  int rows = 0;     // of the batch in a group: 8 or 16
-  int units = 0;    // of a block, whole tiles; the last block may have fewer that exist
+  int64_t batch = 0;
+  int groups = 0;      // of a direction
+  int directions = 1;  // that one launch runs side by side
+  int at_once = 0;     // groups that run at once: an estimate, but of a grid what a launch has
+  int waves = 0;       // in which all run, one after the other
+  int strands =
+      1;          // groups that a grid's blocks take in turns, so that one computes while one waits
+  int units = 0;  // of a block, whole tiles; the last block may have fewer that exist
   int tiles = 0, splits = 0;
   int chunks = 0;        // of K, all of them
   int split_chunks = 0;  // of a split; the last may have fewer
@@ -204,21 +231,30 @@ inline Copies share_out(int units, bool wide) {
 constexpr int state_pitch(int chunks) { return (chunks | 1) * kChunkBytes; }
 
 inline Layout lay_out(const Task& task, const Plan& plan) {
-  const Tile tile = tile_of(task.cell, task.arithmetic, plan.rows, task.backward);
-  const int element = element_bytes(task.arithmetic), columns = plan.rows / 8;
+  const Tile tile = tile_of(task.cell, task.arithmetic, plan.strands, task.backward);
+  const int element = element_bytes(task.arithmetic);
   const int loose = std::max(0, plan.split_chunks - tile.held) * tile.matrices * 2;
   Layout layout;
-  layout.state = plan.tiles * plan.splits * loose * kFragmentBytes;
+  layout.partial = plan.tiles * plan.splits * loose * kFragmentBytes;
+  layout.counts = layout.partial + (plan.splits - 1) * plan.tiles * tile.matrices * 512;
+  layout.state = layout.counts + 16;
   layout.state_pitch = state_pitch(plan.chunks);
-  layout.partial = layout.state + 2 * plan.rows * layout.state_pitch;
-  layout.input = layout.partial + (plan.splits - 1) * plan.tiles * tile.matrices * columns * 512;
+  const int state_bytes = kRows * layout.state_pitch;
+  layout.next_state = plan.exchange == Exchange::grid ? 0 : state_bytes;
+  layout.input = layout.state + layout.next_state + state_bytes;
   layout.input_bytes =
-      stage_bytes(input_parts(task.cell, element, task.backward), plan.units, plan.rows);
+      stage_bytes(input_parts(task.cell, element, task.backward), plan.units, kRows);
   layout.output_bytes =
-      stage_bytes(output_parts(task.cell, element, task.backward), plan.units, plan.rows);
+      stage_bytes(output_parts(task.cell, element, task.backward), plan.units, kRows);
   layout.output = layout.input + kInputStages * layout.input_bytes;
-  layout.counts = layout.output + 2 * layout.output_bytes;
-  layout.bytes = layout.counts + 16;
+  layout.lengths = layout.output + 2 * layout.output_bytes;
+  layout.bias = layout.lengths + 4 * kRows;
+  const bool has_bias = task.cell == Cell::gru && !task.backward;
+  layout.kept = layout.bias + (has_bias ? 12 * plan.units : 0);
+  const int words = kept_words(task.cell, tile.octets, task.backward);
+  const int kept_bytes = plan.strands > 1 ? 128 * plan.tiles * words : 0;
+  layout.strand = layout.kept + kept_bytes - layout.counts;
+  layout.bytes = layout.counts + plan.strands * layout.strand;
   return layout;
 }
 
@@ -237,35 +273,36 @@ constexpr int exchange_cycles(Exchange exchange) {
 }
 
 inline Costs costs_of(const Task& task, const Plan& plan) {
-  const Tile tile = tile_of(task.cell, task.arithmetic, plan.rows, task.backward);
-  const int warps = plan.tiles * plan.splits, columns = plan.rows / 8;
+  const Tile tile = tile_of(task.cell, task.arithmetic, plan.strands, task.backward);
+  const int warps = plan.tiles * plan.splits;
   const double fragments = 2.0 * plan.split_chunks * tile.matrices;  // of a warp
   Costs costs;
-  costs.issue = fragments * columns * warps * kFragmentIssue / 4;
+  costs.issue = fragments * warps * kFragmentIssue / 4;
   costs.chain = 2.0 * plan.split_chunks * kFragmentLatency;
-  if (task.arithmetic == Arithmetic::f32) {  // 32 FMAs a lane for each 8 columns
-    costs.issue = fragments * columns * warps * 32 / 4;
-    costs.chain = fragments * columns * 32;
+  if (task.arithmetic == Arithmetic::f32) {  // 32 FMAs a lane
+    costs.issue = fragments * warps * 32 / 4;
+    costs.chain = fragments * 32;
   }
   const double loose = std::max(0, plan.split_chunks - tile.held) * 2 * tile.matrices;
-  costs.shared =
-      warps * (loose + plan.split_chunks * columns) * kFragmentBytes / kSharedBytesPerCycle;
-  const double reduce =
-      plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices * columns;
+  costs.shared = warps * (loose + plan.split_chunks) * kFragmentBytes / kSharedBytesPerCycle;
+  const double reduce = plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices;
   // Every block of a grid reads all of the state from L2.
-  const double fetch = plan.exchange == Exchange::grid
-                           ? plan.rows * double(plan.state_bytes) / kGlobalBytesPerCycle
-                           : 0;
+  const double fetch =
+      plan.exchange == Exchange::grid ? kRows * double(plan.state_bytes) / kGlobalBytesPerCycle : 0;
   costs.step = std::max({costs.issue, costs.chain, costs.shared}) + reduce + kPointwise + fetch +
                exchange_cycles(plan.exchange);
+  // While one strand's state is on its way the others compute.
+  costs.step = std::max(costs.step, plan.strands * (costs.step - exchange_cycles(plan.exchange)));
   return costs;
 }
 
 // How many groups run at once. A cluster lies in one of the chip's groups of multiprocessors, of up
 // to 18 each: an estimate, as some have fewer. All of a grid runs at once or not at all.
 inline int groups_at_once(const Chip& chip, const Plan& plan) {
-  if (plan.exchange != Exchange::cluster) return chip.multiprocessors / plan.blocks;
-  return std::max(1, chip.multiprocessors / 18 * (18 / plan.blocks));
+  const int teams = plan.exchange != Exchange::cluster
+                        ? chip.multiprocessors / plan.blocks
+                        : std::max(1, chip.multiprocessors / 18 * (18 / plan.blocks));
+  return teams * plan.strands;
 }
 
 // ---- the choice ---------------------------------------------------------------------------------
@@ -274,17 +311,21 @@ inline int groups_at_once(const Chip& chip, const Plan& plan) {
 // shared memory. chunks is 0 where there is no such cut. The last blocks of a cluster may have no
 // units at all: its size is a power of two. A grid has as many as have units.
 inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int blocks, int splits,
-                int rows) {
-  const Tile tile = tile_of(task.cell, task.arithmetic, rows, task.backward);
+                int strands) {
+  const Tile tile = tile_of(task.cell, task.arithmetic, strands, task.backward);
   Plan plan;
   const int64_t units = round_up(ceil_div(task.hidden, blocks), tile.units());
   if (units > kMaxWarps * tile.units()) return plan;
   if (exchange == Exchange::grid) blocks = static_cast<int>(ceil_div(task.hidden, units));
   plan.exchange = exchange;
   plan.blocks = blocks;
-  plan.rows = rows;
-  plan.groups =
-      static_cast<int>(std::min<int64_t>(ceil_div(task.batch, rows), 0x7fffffff / blocks));
+  plan.strands = strands;
+  plan.batch = task.batch;
+  plan.directions = task.directions;
+  // Strands are of one direction: of the last, one may have no rows.
+  plan.groups = static_cast<int>(std::min<int64_t>(ceil_div(task.batch, kRows * strands),
+                                                   0x3fffffff / blocks / task.directions) *
+                                 strands);
   plan.units = static_cast<int>(units);
   plan.tiles = plan.units / tile.units();
   plan.splits = splits;
@@ -312,8 +353,8 @@ inline bool fits(const Plan& plan, const Chip& chip) {
   return plan.chunks > 0 && plan.layout.bytes <= chip.shared_bytes;
 }
 
-// Past so many waves a library product for each step, which takes the whole batch at once, is no
-// slower; a guess.
+// Past so many waves of a direction a library product for each step, which takes the whole batch at
+// once, is no slower; a guess.
 constexpr int kMaxWaves = 8;
 
 inline Plan rejected(const char* reason) {
@@ -336,7 +377,7 @@ inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int 
     if (blocks != 0 && b != blocks) continue;
     for (int s = 1; s <= kMaxWarps; ++s) {
       if (splits != 0 && s != splits) continue;
-      const Plan plan = cut(task, chip, exchange, b, s, 8);
+      const Plan plan = cut(task, chip, exchange, b, s, 1);
       if (!fits(plan, chip)) continue;
       const double cost =
           plan.costs.step * (exchange == Exchange::grid ? ceil_div(8, plan.at_once) : 1);
@@ -347,11 +388,13 @@ inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int 
 }
 
 // The plan. A block alone or a cluster, whichever is quicker, and where the weights do not fit
-// these a grid. For tests, exchange, blocks and splits can be asked for (below or at 0: they are
-// not).
+// these a grid. For tests, exchange, blocks, splits and strands can be asked for (below or at 0:
+// they are not).
 inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int blocks = 0,
-                   int splits = 0) {
+                   int splits = 0, int strands = 0) {
   if (task.hidden <= 0 || task.batch <= 0) return rejected("no persistent kernel without elements");
+  if (task.directions < 1 || task.directions > kMaxDirections)
+    return rejected("a launch takes one direction or two");
   const auto of = [&](Exchange which) {
     if (exchange >= 0 && exchange != static_cast<int>(which)) return Plan{};
     return quickest(task, chip, which, blocks, splits);
@@ -363,19 +406,21 @@ inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int bl
   if (best.chunks == 0) best = of(Exchange::grid);
   if (best.chunks == 0)
     return rejected("the recurrent weights and the state do not fit on the chip");
-  // Sixteen rows a group cost little more than eight; eight leave more groups to run at once.
-  if (element_bytes(task.arithmetic) == 2 && best.waves > 1) {
-    const Plan wide = cut(task, chip, best.exchange, best.blocks, best.splits, 16);
-    if (fits(wide, chip)) best = wide;
+  // Groups that do not run at once take turns, two by two, where that saves a wave's time.
+  if (element_bytes(task.arithmetic) == 2 && (strands > 1 || (strands == 0 && best.waves > 1))) {
+    const Plan turns = cut(task, chip, best.exchange, best.blocks, best.splits, 2);
+    const bool is_quicker = turns.waves * turns.costs.step < best.waves * best.costs.step;
+    if (fits(turns, chip) && (strands > 1 || is_quicker)) best = turns;
   }
-  if (best.waves > kMaxWaves) return rejected("more rows than fit the chip at once several times");
+  if (best.waves > kMaxWaves * task.directions)
+    return rejected("more rows than fit the chip at once several times");
   return best;
 }
 
 // Bytes of a grid's workspace, the counts first; 0 for others.
 inline int64_t workspace_bytes(const Plan& plan) {
   if (plan.exchange != Exchange::grid) return 0;
-  return plan.at_once * (4 * kCountStride + int64_t{2} * plan.rows * plan.state_bytes);
+  return plan.at_once * (4 * kCountStride + int64_t{2} * kRows * plan.state_bytes);
 }
 
 }  // namespace fastseq::recurrent

@@ -57,41 +57,35 @@ struct Chunk {
   uint32_t words[kMatrices][2][4];
 };
 
-// What a warp adds up, in the layout of a product's result: of each matrix and eight columns, row
-// group in the first two, row group + 8 in the others; columns 2 quad and 2 quad + 1.
-template <Arithmetic kArithmetic, int kMatrices, int kColumns>
+// What a warp adds up, in the layout of a product's result: of each matrix row group in the first
+// two, row group + 8 in the others; columns 2 quad and 2 quad + 1.
+template <Arithmetic kArithmetic, int kMatrices>
 struct Accumulators {
-  float values[kMatrices][kColumns][4];
+  float values[kMatrices][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m)
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values[m][c][i] = 0;
+      for (int i = 0; i < 4; ++i) values[m][i] = 0;
   }
 
-  // state: this lane's 16 bytes of the chunk in column group; pitch: from column to column.
-  __device__ __forceinline__ void add(const Chunk<kMatrices>& weights, const char* state,
-                                      int pitch) {
+  // state: this lane's 16 bytes of the chunk in column group.
+  __device__ __forceinline__ void add(const Chunk<kMatrices>& weights, const char* state, int) {
+    const uint4 b = *reinterpret_cast<const uint4*>(state);
+    const uint32_t halves[2][2] = {{b.x, b.y}, {b.z, b.w}};
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const uint4 b = *reinterpret_cast<const uint4*>(state + c * 8 * pitch);
-      const uint32_t halves[2][2] = {{b.x, b.y}, {b.z, b.w}};
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          if constexpr (kArithmetic == Arithmetic::bf16) {
-            mma_m16n8k16(values[m][c], weights.words[m][s], halves[s], Bf16{});
-          } else if constexpr (kArithmetic == Arithmetic::f16) {
-            mma_m16n8k16(values[m][c], weights.words[m][s], halves[s], F16{});
-          } else {
-            mma_m16n8k8_tf32(values[m][c], weights.words[m][s], halves[s]);
-          }
+      for (int m = 0; m < kMatrices; ++m) {
+        if constexpr (kArithmetic == Arithmetic::bf16) {
+          mma_m16n8k16(values[m], weights.words[m][s], halves[s], Bf16{});
+        } else if constexpr (kArithmetic == Arithmetic::f16) {
+          mma_m16n8k16(values[m], weights.words[m][s], halves[s], F16{});
+        } else {
+          mma_m16n8k8_tf32(values[m], weights.words[m][s], halves[s]);
         }
-    }
+      }
   }
 
   __device__ __forceinline__ void finish(int) {}
@@ -100,12 +94,11 @@ struct Accumulators {
 };
 
 // fp32 without tensor cores: a lane multiplies the same weights with its words of all eight
-// columns; in the end the four lanes of a group add up, and each keeps the two columns it would
-// have had.
-template <int kMatrices, int kColumns>
-struct Accumulators<Arithmetic::f32, kMatrices, kColumns> {
-  static_assert(kColumns == 1, "sixteen columns would take too many registers");
-  float values[kMatrices][1][4];
+// columns, which lie a pitch apart; in the end the four lanes of a group add up, and each keeps the
+// two columns it would have had.
+template <int kMatrices>
+struct Accumulators<Arithmetic::f32, kMatrices> {
+  float values[kMatrices][4];
   float sums[kMatrices][2][8];
 
   __device__ __forceinline__ void clear() {
@@ -147,8 +140,8 @@ struct Accumulators<Arithmetic::f32, kMatrices, kColumns> {
                     __shfl_xor_sync(0xffffffffu, right ? sum[n] : sum[4 + n], 2);
 #pragma unroll
         for (int n = 0; n < 2; ++n)
-          values[m][0][2 * half + n] = (odd ? four[2 + n] : four[n]) +
-                                       __shfl_xor_sync(0xffffffffu, odd ? four[n] : four[2 + n], 1);
+          values[m][2 * half + n] = (odd ? four[2 + n] : four[n]) +
+                                    __shfl_xor_sync(0xffffffffu, odd ? four[n] : four[2 + n], 1);
       }
   }
 
@@ -229,8 +222,7 @@ struct Weights {
   }
 
   // state: column 0 of the state, of row group's column already where the arithmetic wants it.
-  template <int kColumns>
-  __device__ __forceinline__ void multiply(Accumulators<kArithmetic, kMatrices, kColumns>& sums,
+  __device__ __forceinline__ void multiply(Accumulators<kArithmetic, kMatrices>& sums,
                                            const char* state, int pitch, int lane) const {
     const char* from =
         state + sums.state_row(lane / 4) * pitch + first * kChunkBytes + lane % 4 * 16;

@@ -3,12 +3,12 @@
 
 namespace fastseq::recurrent {
 
-ForwardKernel rnn_forward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::tanh, Forward>(arithmetic, columns);
+ForwardKernel rnn_forward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::tanh, Forward>(arithmetic, strands);
 }
 
-BackwardKernel rnn_backward_kernel(Arithmetic arithmetic, int columns) {
-  return instance<Cell::tanh, Backward>(arithmetic, columns);
+BackwardKernel rnn_backward_kernel(Arithmetic arithmetic, int strands) {
+  return instance<Cell::tanh, Backward>(arithmetic, strands);
 }
 
 }  // namespace fastseq::recurrent

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import current_backend, note
+from ..ops.recurrent_bidirectional import RecurrentBidirectionalFunction, forward_layers
 from ..ops.recurrent_layer import Layer, RecurrentFunction, forward_layer, layer_by_reference
 from ..random import draw_seed, keep_mask, keep_scale
 from ..reference.recurrent import GATES, Options
@@ -320,7 +321,7 @@ def _torch_is_quicker(
     if current_backend() != "auto" or torch.compiler.is_compiling() or is_transformed():
         return None
     data: Tensor = input if isinstance(input, Tensor) else input.data
-    if data.is_cuda:
+    if data.is_cuda:  # what to measure before this goes: docs/recurrent-kernels.md, last section
         return "cuDNN has it; ours have not been measured to be quicker on a GPU"
     if not data.is_cpu:
         return None
@@ -381,7 +382,7 @@ def _stack(
         elif shape.batch_first:
             x = x.transpose(0, 1)
         if lengths is not None:
-            lengths = lengths.to(x.device, torch.int64)
+            lengths = lengths.to(x.device, torch.int64).contiguous()
             time = torch.arange(x.shape[0], device=x.device)[:, None]
             # What is past the end must not reach a product: NaN times 0 is NaN.
             x = torch.where((time < lengths)[:, :, None], x, 0.0)
@@ -398,14 +399,14 @@ def _stack(
     finals: list[list[Tensor]] = []
     everything: list[list[Tensor]] = []
     for layer in range(shape.num_layers):
-        outputs = []
+        calls, outputs = [], []
         for direction in range(shape.directions):
             n = layer * shape.directions + direction
             weights = params[n * each : (n + 1) * each]
             norms = (extras.layer_norm or ())[n * norms_each : (n + 1) * norms_each]
-            output, h_n, c_n, cells = _layer(
-                kind, x, starts[n], weights, norms, lengths, direction, shape, extras
-            )
+            given = (weights, norms, lengths, direction, shape, extras)
+            calls.append(_layer(kind, x, starts[n], *given))
+        for output, h_n, c_n, cells in _run(calls, extras.return_all_states):
             outputs.append(output)
             finals.append([h_n, c_n])
             everything.append([output, cells])
@@ -455,8 +456,8 @@ def _layer(
     direction: int,
     shape: Shape,
     extras: Extras,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A layer in one direction: masks drawn, the input's gates normalized, then one op."""
+) -> tuple[Layer, Options]:
+    """A layer in one direction: masks drawn, the input's gates normalized; the op is left."""
     weight_ih: Tensor | None
     weight_ih, weight_hh, *rest = weights
     bias_ih, bias_hh = (rest[0], rest[1]) if shape.has_biases else (None, None)
@@ -491,19 +492,54 @@ def _layer(
     if torch.compiler.is_compiling():  # which stops where a tensor is in two places: tied weights
         weight_hh = weight_hh.view_as(weight_hh)
         bias_hh = None if bias_hh is None else bias_hh.view_as(bias_hh)
-    biases = (bias_ih, bias_hh)
-    parameters = (weight_ih, weight_hh.contiguous(), *biases, weight_hr, norm_hh, norm_c, bias_c)
-    layer = Layer(x, h0, c0, *parameters, lengths, seed, keep)
+    # The kernels read them as they lie in memory.
+    own = (bias_ih, bias_hh, weight_hr, norm_hh, norm_c, bias_c)
+    parameters: Any = [None if tensor is None else tensor.contiguous() for tensor in own]
+    tensors = (x, h0, c0, weight_ih, weight_hh.contiguous(), *parameters, lengths, seed, keep)
+    layer = Layer(*tensors)
+    return layer, options
+
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _run(calls: list[tuple[Layer, Options]], save: bool) -> list[Results]:
+    """The ops of a layer, both directions at once where a GPU can: output, h_n, c_n and cells."""
+    if len(calls) == 2 and _runs_at_once(*calls[0]):
+        return _run_at_once((calls[0][0], calls[1][0]), calls[0][1], save)
+    return [_run_alone(layer, options, save) for layer, options in calls]
+
+
+def _run_alone(layer: Layer, options: Options, save: bool) -> Results:
     if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        note(kind, "reference", "torch.func, forward-mode AD or a trace")
+        note(options.kind, "reference", "torch.func, forward-mode AD or a trace")
         return layer_by_reference(layer, options)
     if records_gradient(*layer):
-        recorded: tuple[Tensor, Tensor, Tensor, Tensor] = RecurrentFunction.apply(  # type: ignore[no-untyped-call]
-            *layer, options
-        )
+        recorded: Results = RecurrentFunction.apply(*layer, options)  # type: ignore[no-untyped-call]
         return recorded
-    made: Any = forward_layer(layer, options, extras.return_all_states)
+    made: Any = forward_layer(layer, options, save)
     return made[:4]  # type: ignore[no-any-return]
+
+
+def _runs_at_once(layer: Layer, options: Options) -> bool:
+    """What the persistent CUDA kernels take, they take in both directions at once."""
+    refused = (layer.weight_hr, layer.norm_hh, layer.norm_c, layer.bias_c)
+    plain = not (options.zoneout_h or options.zoneout_c) and all(t is None for t in refused)
+    return (
+        plain and layer.x.is_cuda and not is_transformed() and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def _run_at_once(layers: tuple[Layer, Layer], options: Options, save: bool) -> list[Results]:
+    first, second = layers
+    if torch.compiler.is_compiling():  # which stops where a tensor is in two places
+        views: Any = [None if t is None else t.view_as(t) for t in second]
+        second = Layer(*views)
+    if records_gradient(*first, *second):
+        both: Any = RecurrentBidirectionalFunction.apply(*first, *second, options)  # type: ignore[no-untyped-call]
+        return [both[:4], both[4:]]
+    made: Any = forward_layers((first, second), options.kind, save)
+    return [made[:4], made[5:9]]
 
 
 def _dropped(tensor: Tensor, probability: float) -> Tensor:

@@ -8,6 +8,7 @@ from . import feed_forward as feed_forward
 from . import layer_norm as layer_norm
 from . import linear_cross_entropy as linear_cross_entropy
 from . import recurrent as recurrent
+from . import recurrent_bidirectional as recurrent_bidirectional
 from . import recurrent_cell as recurrent_cell
 from . import rotary_embedding as rotary_embedding
 from . import sample as sample

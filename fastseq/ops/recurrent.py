@@ -278,8 +278,9 @@ def persistent_plan(
     device: int = 0,
     chip: tuple[int, int, int] | None = None,
     tf32: bool = False,
+    directions: int = 1,
 ) -> dict[str, str]:
-    """How a persistent CUDA kernel runs a layer in one direction, or why none does.
+    """How a persistent CUDA kernel runs a layer in one direction or both, or why none does.
 
     ``csrc/cuda/recurrent_plan.h`` has the choice; the figures are for people and tests.
 
@@ -289,13 +290,16 @@ def persistent_plan(
         device: the CUDA device whose limits count, where ``chip`` is None.
         chip: multiprocessors, bytes of shared memory a block can have, blocks of a cluster.
         tf32: fp32 products by tensor cores.
+        directions: 2 for both directions of a layer, side by side in one launch.
 
     Returns:
-        ``exchange`` (``block`` or ``cluster``), ``blocks`` of a group, ``groups`` and so on; or
+        ``exchange`` (``block``, ``cluster`` or ``grid``), ``blocks`` of a group, ``groups`` of a
+        direction, how many groups run ``at_once``, in how many ``waves``, and so on; or
         ``rejected`` alone, with the reason.
     """
     limits = [] if chip is None else list(chip)
-    text = _extension_plan(KINDS[kind], dtype, tf32, batch, hidden, backward, device, limits)
+    numbers = (batch, hidden, backward, directions, device, limits)
+    text = _extension_plan(KINDS[kind], dtype, tf32, *numbers)
     reason = text.removeprefix("rejected: ")
     if reason != text:
         return {"rejected": reason}
@@ -312,7 +316,7 @@ def _tf32(a: Forward | Backward) -> bool:
     return a.h0.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _cuda_rejects(a: Forward | Backward) -> str | None:
+def _cuda_rejects(a: Forward | Backward, directions: int = 1) -> str | None:
     reason = _triton_rejects(a)
     if reason is not None:
         return reason
@@ -327,7 +331,8 @@ def _cuda_rejects(a: Forward | Backward) -> str | None:
         return "few steps: bringing the weights onto the chip costs more than it saves"
     backward = isinstance(a, Backward)
     tf32 = a.h0.dtype == torch.float32 and _tf32(a)
-    return _no_plan(a.kind, a.h0.dtype, *a.h0.shape, backward, a.h0.get_device(), None, tf32)
+    task = (a.kind, a.h0.dtype, *a.h0.shape, backward)
+    return _no_plan(*task, a.h0.get_device(), None, tf32, directions)
 
 
 forward_op = define_op(

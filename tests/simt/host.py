@@ -24,7 +24,9 @@ BUILD = ROOT / "build" / "simt"
 # The other end of Host, and the emulation: what touches memory that kernels own, and the rest.
 COMMON = [HERE / f"{name}.cpp" for name in ("server", "memory")]
 SCHEDULER = [HERE / f"{name}.cpp" for name in ("fiber", "simt", "barrier", "warp", "launch")]
-RECURRENT = ("recurrent", "recurrent_lstm", "recurrent_gru", "recurrent_rnn")
+RECURRENT = (
+    "recurrent", "recurrent_lstm", "recurrent_gru", "recurrent_rnn", "recurrent_device", "device",
+)  # fmt: skip
 # A program for each, so that a change in one compiles no other.
 PROGRAMS = {
     "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],

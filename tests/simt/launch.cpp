@@ -17,8 +17,14 @@ constexpr size_t kMultiprocessors = 132;
 }  // namespace
 
 Limits& limits_of(const void* kernel) {
-  static std::map<const void*, Limits> limits;
-  return limits[kernel];
+  static std::map<std::pair<int, const void*>, Limits> limits;
+  return limits[{current_device, kernel}];
+}
+
+size_t resident_blocks(size_t threads, size_t shared_bytes) {
+  const size_t warps = (threads + kWarp - 1) / kWarp;
+  return std::min(
+      {kBlocks, kThreads / kWarp / warps, kSharedBytes / (shared_bytes + kReservedBytes)});
 }
 
 cudaError_t check_launch(const void* kernel, const Shape& shape) {
@@ -38,9 +44,7 @@ cudaError_t check_launch(const void* kernel, const Shape& shape) {
       shape.grid.z % shape.cluster.z != 0) {
     return cudaErrorInvalidClusterSize;
   }
-  const size_t warps = static_cast<size_t>(threads + kWarp - 1) / kWarp;
-  const size_t resident = std::min({kBlocks, kThreads / kWarp / warps,
-                                    kSharedBytes / (shape.shared_bytes + kReservedBytes)});
+  const size_t resident = resident_blocks(static_cast<size_t>(threads), shape.shared_bytes);
   if (shape.cooperative && blocks > resident * kMultiprocessors) {
     return cudaErrorCooperativeLaunchTooLarge;
   }

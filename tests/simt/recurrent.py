@@ -24,7 +24,7 @@ ARITHMETIC = {"f16": 0, "bf16": 1, "tf32": 2, "f32": 3}
 EXCHANGES = {"": -1, "block": 0, "cluster": 1, "grid": 2}
 FIGURES = (
     "blocks", "groups", "waves", "rows", "units", "tiles", "splits", "chunks", "split_chunks",
-    "threads", "shared_bytes", "weight_bytes", "exchange",
+    "threads", "shared_bytes", "weight_bytes", "exchange", "strands",
 )  # fmt: skip
 H200 = (132, 232448, 16)
 A100 = (108, 166912, 1)
@@ -32,7 +32,8 @@ A100 = (108, 166912, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer in one direction. ``exchange``, ``blocks``, ``splits``: 0 leaves them to the plan."""
+    """A layer in one direction. ``exchange``, ``blocks``, ``splits``, ``strands``: 0 leaves them to
+    the plan."""
 
     kind: str = "lstm"
     arithmetic: str = "bf16"
@@ -41,6 +42,7 @@ class Layer:
     hidden: int = 40
     blocks: int = 0
     splits: int = 0
+    strands: int = 0
     exchange: str = ""
     reverse: bool = False
     lengths: tuple[int, ...] | None = None
@@ -49,6 +51,7 @@ class Layer:
     grad_clip: float = 0.0
     transposed: bool = False  # gates_x and grad_output lie as [B, T, n]
     shifted: bool = False  # ... and begin at an odd element
+    draw: int = 0  # which of several layers of one shape
     chip: tuple[int, int, int] = H200
 
     @property
@@ -63,9 +66,10 @@ class Layer:
     def saved(self) -> int:
         return reference.SAVED[self.kind]
 
-    def task(self) -> list[int]:
-        numbers = [CELLS[self.kind], ARITHMETIC[self.arithmetic], self.batch, self.hidden, 1]
-        return [*numbers, *self.chip, EXCHANGES[self.exchange], self.blocks, self.splits]
+    def task(self, directions: int = 1) -> list[int]:
+        numbers = [CELLS[self.kind], ARITHMETIC[self.arithmetic], self.batch, self.hidden]
+        numbers += [directions, *self.chip]
+        return [*numbers, EXCHANGES[self.exchange], self.blocks, self.splits, self.strands]
 
     def __str__(self) -> str:
         default = Layer()
@@ -74,24 +78,35 @@ class Layer:
         return " ".join(f"{k}={v}" for k, v in changed.items()) or "plain"
 
 
-def plan(host: Host, layer: Layer, backward: bool) -> dict[str, int]:
+def plan(host: Host, layer: Layer, backward: bool, directions: int = 1) -> dict[str, int]:
     """The plan's figures; ValueError with its reason where there is none."""
     figures = np.zeros(len(FIGURES), np.int64)
-    error = host.call("plan", [figures], [int(backward), *layer.task(), 0, 0])
+    error = host.call("plan", [figures], [int(backward), *layer.task(directions), 0, 0])
     if error is not None:
         raise ValueError(error)
     return dict(zip(FIGURES, figures.tolist(), strict=True))
 
 
 class Call:
-    """Buffers and numbers in the order the server reads them."""
+    """Buffers and numbers in the order the server reads them: of each direction in turn."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, directions: int = 1) -> None:
         self.layer = layer
         self.buffers: list[np.ndarray] = []
-        self.integers = [*layer.task(), layer.steps, int(layer.reverse)]
+        self.integers = layer.task(directions)
         self.reals: list[float] = []
-        self.outputs: dict[str, tuple[np.ndarray, tuple[int, ...], str]] = {}
+        self.outputs: list[dict[str, tuple[np.ndarray, tuple[int, ...], str]]] = []
+
+    def direction(self, layer: Layer, given: dict[str, np.ndarray]) -> None:
+        """What every pass reads of the next direction."""
+        self.layer = layer
+        self.outputs.append({})
+        self.integers += [layer.steps, int(layer.reverse)]
+        self.given(given["h0"])
+        self.given(given["c0"] if layer.kind == "lstm" else None)
+        self.given(given["weight_hh"])
+        self.given(None if layer.lengths is None else np.array(layer.lengths, np.int64))
+        self.given(given["keep"] if layer.keep else None)
 
     def given(self, values: np.ndarray | None, dtype: str | None = None) -> None:
         if values is None:
@@ -119,27 +134,31 @@ class Call:
     def output(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> None:
         dtype = dtype or self.layer.dtype
         data = np.full(int(np.prod(shape)) * DTYPES[dtype].itemsize, 0xFF, np.uint8)
-        self.outputs[name] = (data, shape, dtype)
+        self.outputs[-1][name] = (data, shape, dtype)
         self.integers += [len(self.buffers), 0]
         self.buffers.append(data)
 
-    def run(self, host: Host, function: str, seed: int) -> dict[str, np.ndarray]:
-        written = {id(data) for data, _, _ in self.outputs.values()}
+    def run(self, host: Host, function: str, seed: int) -> list[dict[str, np.ndarray]]:
+        written = {id(data) for made in self.outputs for data, _, _ in made.values()}
         before = [buffer.copy() for buffer in self.buffers]
         error = host.call(function, self.buffers, self.integers, self.reals, seed)
         if error is not None:
             raise ValueError(error)
         for old, new in zip(before, self.buffers, strict=True):
             assert id(new) in written or np.array_equal(old, new), "an input was modified"
-        return {
-            name: to_floats(data, dtype).reshape(shape)
-            for name, (data, shape, dtype) in self.outputs.items()
-        }
+        return [
+            {
+                name: to_floats(data, dtype).reshape(shape)
+                for name, (data, shape, dtype) in made.items()
+            }
+            for made in self.outputs
+        ]
 
 
 def parameters(layer: Layer) -> dict[str, np.ndarray]:
     """What a layer is given, as its dtype holds it."""
-    generator = np.random.default_rng(layer.hidden * 1000 + layer.steps * 10 + layer.batch)
+    seed = layer.hidden * 1000 + layer.steps * 10 + layer.batch + layer.draw * 1000000
+    generator = np.random.default_rng(seed)
     steps, batch, hidden, width = layer.steps, layer.batch, layer.hidden, layer.gates * layer.hidden
 
     def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -162,23 +181,27 @@ def parameters(layer: Layer) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float64) for name, value in given.items()}
 
 
-def common(call: Call, given: dict[str, np.ndarray]) -> None:
-    layer = call.layer
-    call.given(given["h0"])
-    call.given(given["c0"] if layer.kind == "lstm" else None)
-    call.given(given["weight_hh"])
-    lengths = None if layer.lengths is None else np.array(layer.lengths, np.int64)
-    call.given(lengths)
-    call.given(given["keep"] if layer.keep else None)
-
-
 def run_forward(
     host: Host, layer: Layer, seed: int = 0, save: bool = True, **changed: np.ndarray
 ) -> dict[str, np.ndarray]:
-    given = {**parameters(layer), **changed}
-    steps, batch, hidden, lstm = layer.steps, layer.batch, layer.hidden, layer.kind == "lstm"
     call = Call(layer)
-    common(call, given)
+    _forward(call, layer, {**parameters(layer), **changed}, save)
+    return call.run(host, "forward", seed)[0]
+
+
+def run_both_forward(
+    host: Host, layers: tuple[Layer, Layer], seed: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """Two directions in one launch."""
+    call = Call(layers[0], directions=2)
+    for layer in layers:
+        _forward(call, layer, parameters(layer), save=True)
+    return call.run(host, "forward", seed)
+
+
+def _forward(call: Call, layer: Layer, given: dict[str, np.ndarray], save: bool) -> None:
+    steps, batch, hidden, lstm = layer.steps, layer.batch, layer.hidden, layer.kind == "lstm"
+    call.direction(layer, given)
     call.given(given["bias_hh"] if layer.kind == "gru" else None)
     call.steps(given["gates_x"])
     call.output("output", (steps, batch, hidden))
@@ -195,7 +218,6 @@ def run_forward(
         call.output("cells", (steps, batch, hidden), "f32")
     else:
         call.given(None)
-    return call.run(host, "forward", seed)
 
 
 def run_backward(
@@ -205,10 +227,26 @@ def run_backward(
     seed: int = 0,
     absent: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    given = {**parameters(layer), **made}
-    steps, batch, hidden, lstm = layer.steps, layer.batch, layer.hidden, layer.kind == "lstm"
     call = Call(layer)
-    common(call, given)
+    _backward(call, layer, {**parameters(layer), **made}, absent)
+    return call.run(host, "backward", seed)[0]
+
+
+def run_both_backward(
+    host: Host, layers: tuple[Layer, Layer], made: list[dict[str, np.ndarray]], seed: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """Two directions in one launch."""
+    call = Call(layers[0], directions=2)
+    for layer, of_layer in zip(layers, made, strict=True):
+        _backward(call, layer, {**parameters(layer), **of_layer}, ())
+    return call.run(host, "backward", seed)
+
+
+def _backward(
+    call: Call, layer: Layer, given: dict[str, np.ndarray], absent: tuple[str, ...]
+) -> None:
+    steps, batch, hidden, lstm = layer.steps, layer.batch, layer.hidden, layer.kind == "lstm"
+    call.direction(layer, given)
 
     def wanted(name: str) -> np.ndarray | None:
         exists = name not in absent and (lstm or name not in ("grad_c_n", "grad_cells"))
@@ -233,7 +271,6 @@ def run_backward(
         call.output("c0", (batch, hidden))
     else:
         call.given(None)
-    return call.run(host, "backward", seed)
 
 
 # --- what it must come to ------------------------------------------------------------------------
@@ -258,7 +295,7 @@ def check(
 
 def active(layer: Layer, t: int) -> np.ndarray:
     lengths = [layer.steps] * layer.batch if layer.lengths is None else layer.lengths
-    return (t < np.array(lengths))[:, None]
+    return (t < np.array(lengths, np.int64))[:, None]
 
 
 def times(layer: Layer) -> list[int]:

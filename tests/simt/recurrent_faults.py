@@ -16,24 +16,48 @@ from simt import host
 FAULTS: dict[str, tuple[str, str, str]] = {
     "no barrier between steps": (
         "kernel",
-        "    __syncthreads();\n    if (goes_on)",
-        "    if (!SKIP) __syncthreads();\n    if (goes_on)",
+        "if (!is_grid || !goes_on) __syncthreads();",
+        "if ((!is_grid || !goes_on) && !SKIP) __syncthreads();",
     ),
     "no wait for the others' state": (
         "kernel",
-        "if (goes_on) wait_for_state",
-        "if (goes_on && !SKIP) wait_for_state",
+        "if (n > 0) wait_for_state",
+        "if (n > 0 && !SKIP) wait_for_state",
     ),
     "splits add up too early": (
         "kernel",
         "  __syncthreads();\n  if (place.split > 0) return;",
         "  if (!SKIP) __syncthreads();\n  if (place.split > 0) return;",
     ),
-    "one buffer of the state": ("kernel", "(n % 2) * plan.rows", "(SKIP ? 0 : n % 2) * plan.rows"),
+    "one buffer of the state": (
+        "kernel",
+        "(n % 2) * plan.layout",
+        "(SKIP ? 0 : n % 2) * plan.layout",
+    ),
+    "a grid's state is written over": (
+        "kernel",
+        "if (plan.layout.next_state == 0)",
+        "if (plan.layout.next_state == 0 && !SKIP)",
+    ),
+    "a grid's strand forgets what it kept": (
+        "kernel",
+        "kept) { mine = kept; }",
+        "kept) { if (!SKIP) mine = kept; }",
+    ),
+    "a grid's strands have one place": (
+        "kernel",
+        "strand * plan.layout.strand",
+        "(SKIP ? 0 : strand) * plan.layout.strand",
+    ),
+    "the other direction's tensors": (
+        "kernel",
+        "directions.of[place.direction]",
+        "directions.of[SKIP ? 0 : place.direction]",
+    ),
     "the first state before zeros": (
         "kernel",
-        "  __syncthreads();\n  pass.begin();",
-        "  if (!SKIP) __syncthreads();\n  pass.begin();",
+        "  __syncthreads();\n  for (int s",
+        "  if (!SKIP) __syncthreads();\n  for (int s",
     ),
     "no barrier before the first step": (
         "kernel",
@@ -42,15 +66,15 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "input before it has come": (
         "kernel",
-        "    copy_wait<1>();\n    if (is_grid",
-        "    if (!SKIP) copy_wait<1>();\n    if (is_grid",
+        "copy_wait<1>();\n      if (is_grid",
+        "if (!SKIP) copy_wait<1>();\n      if (is_grid",
     ),
     "a warp sends what it has not written": (
         "group",
         "  __syncwarp();",
         "  if (!SKIP) __syncwarp();",
     ),
-    "no wait for a grid": ("kernel", "grid_wait(count,", "if (!SKIP) grid_wait(count,"),
+    "no wait for a grid": ("kernel", "grid_wait(", "if (!SKIP) grid_wait("),
     "a grid's state is not fetched": (
         "kernel",
         "fetch_state(plan,",
@@ -63,8 +87,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "fewer bytes expected": (
         "group",
-        "(plan.sharers - 1) * plan.rows * row_bytes",
-        "(plan.sharers - 1) * plan.rows * row_bytes - (SKIP ? 16 : 0)",
+        "(plan.sharers - 1) * kRows * row_bytes",
+        "(plan.sharers - 1) * kRows * row_bytes - (SKIP ? 16 : 0)",
     ),
     "one stage of results": (
         "forward",
@@ -80,17 +104,20 @@ FAULTS: dict[str, tuple[str, str, str]] = {
 }
 
 _KERNELS = """
-#include "recurrent.h"
+#include "device.cu"
+#include "recurrent_device.cu"
 #include "recurrent_backward.cuh"
 #include "recurrent_forward.cuh"
 #include "recurrent_kernel.cuh"
 namespace fastseq { int fault = -1; }
 namespace fastseq::recurrent {
-ForwardKernel lstm_forward_kernel(Arithmetic, int) {
-  return &persistent_kernel<Forward<Cell::lstm, Arithmetic::bf16, 1>>;
+ForwardKernel lstm_forward_kernel(Arithmetic, int strands) {
+  return strands == 1 ? &persistent_kernel<Forward<Cell::lstm, Arithmetic::bf16, 1>>
+                      : &persistent_kernel<Forward<Cell::lstm, Arithmetic::bf16, 2>>;
 }
-BackwardKernel lstm_backward_kernel(Arithmetic, int) {
-  return &persistent_kernel<Backward<Cell::lstm, Arithmetic::bf16, 1>>;
+BackwardKernel lstm_backward_kernel(Arithmetic, int strands) {
+  return strands == 1 ? &persistent_kernel<Backward<Cell::lstm, Arithmetic::bf16, 1>>
+                      : &persistent_kernel<Backward<Cell::lstm, Arithmetic::bf16, 2>>;
 }
 ForwardKernel gru_forward_kernel(Arithmetic, int) { return nullptr; }
 ForwardKernel rnn_forward_kernel(Arithmetic, int) { return nullptr; }
@@ -101,7 +128,7 @@ BackwardKernel rnn_backward_kernel(Arithmetic, int) { return nullptr; }
 
 
 def build() -> Path:
-    """The program: LSTM in bf16 with tiles of eight rows, and ``fault``, which chooses one."""
+    """The program: LSTM in bf16, and ``fault``, which chooses one."""
     folder = host.BUILD / "faults"
     cuda = folder / "csrc" / "cuda"
     for part in ("cuda", "math"):
@@ -127,7 +154,8 @@ def build() -> Path:
     server = folder / "csrc" / "cuda" / "faulty_server.cpp"
     text = (host.HERE / "recurrent_server.cpp").read_text()
     text = text.replace("../../csrc/cuda/recurrent.h", "recurrent.h")
-    text = text.replace('"server.h"', f'"{host.HERE / "server.h"}"')
+    for header in ("server.h", "simt.h"):
+        text = text.replace(f'"{header}"', f'"{host.HERE / header}"')
     text = text.replace(
         "namespace simt {", "namespace fastseq { extern int fault; }\nnamespace simt {", 1
     )

@@ -2,6 +2,7 @@
 // here.
 #include "../../csrc/cuda/recurrent.h"
 #include "server.h"
+#include "simt.h"
 
 namespace simt {
 namespace {
@@ -30,7 +31,8 @@ Plan read_plan(Request& request, const Task& task) {
   const int exchange = static_cast<int>(request.integer());
   const int blocks = static_cast<int>(request.integer());
   const int splits = static_cast<int>(request.integer());
-  return fastseq::recurrent::choose(task, chip, exchange, blocks, splits);
+  const int strands = static_cast<int>(request.integer());
+  return fastseq::recurrent::choose(task, chip, exchange, blocks, splits, strands);
 }
 
 // Of its exact size and full of poison.
@@ -63,10 +65,7 @@ void read_common(Request& request, const Task& task, fastseq::Recurrent& problem
   problem.keep = request.pointer();
 }
 
-const char* forward(Request& request) {
-  const Task task = read_task(request, false);
-  const Plan plan = read_plan(request, task);
-  fastseq::RecurrentForward problem;
+void read_problem(Request& request, const Task& task, fastseq::RecurrentForward& problem) {
   read_common(request, task, problem);
   problem.bias_hh = request.pointer();
   problem.gates_x = read_steps(request);
@@ -75,14 +74,9 @@ const char* forward(Request& request) {
   problem.c_n = request.pointer();
   problem.gates = request.pointer();
   problem.cells = request.pointer();
-  std::vector<char> memory = workspace_of(plan);
-  return fastseq::recurrent_forward_cuda(problem, plan, task.arithmetic, memory.data(), nullptr);
 }
 
-const char* backward(Request& request) {
-  const Task task = read_task(request, true);
-  const Plan plan = read_plan(request, task);
-  fastseq::RecurrentBackward problem;
+void read_problem(Request& request, const Task& task, fastseq::RecurrentBackward& problem) {
   read_common(request, task, problem);
   problem.grad_output = read_steps(request);
   problem.grad_cells = read_steps(request);
@@ -97,8 +91,25 @@ const char* backward(Request& request) {
   problem.grad_gates_h = request.pointer();
   problem.grad_h0 = request.pointer();
   problem.grad_c0 = request.pointer();
+}
+
+// A problem for each of the task's directions.
+template <class Problem, class Run>
+const char* run(Request& request, bool is_backward, Run run) {
+  const Task task = read_task(request, is_backward);
+  const Plan plan = read_plan(request, task);
+  fastseq::recurrent::Directions<Problem> directions;
+  for (int d = 0; d < task.directions; ++d) read_problem(request, task, directions.of[d]);
   std::vector<char> memory = workspace_of(plan);
-  return fastseq::recurrent_backward_cuda(problem, plan, task.arithmetic, memory.data(), nullptr);
+  return run(directions, plan, task.arithmetic, memory.data(), nullptr);
+}
+
+const char* forward(Request& request) {
+  return run<fastseq::RecurrentForward>(request, false, fastseq::recurrent_forward_cuda);
+}
+
+const char* backward(Request& request) {
+  return run<fastseq::RecurrentBackward>(request, true, fastseq::recurrent_backward_cuda);
 }
 
 // Figures of a plan, or its reason.
@@ -110,7 +121,7 @@ const char* plan(Request& request) {
   const int64_t figures[] = {plan.blocks,
                              plan.groups,
                              plan.waves,
-                             plan.rows,
+                             fastseq::recurrent::kRows,
                              plan.units,
                              plan.tiles,
                              plan.splits,
@@ -119,9 +130,41 @@ const char* plan(Request& request) {
                              plan.threads,
                              plan.layout.bytes,
                              plan.weight_bytes,
-                             static_cast<int64_t>(plan.exchange)};
+                             static_cast<int64_t>(plan.exchange),
+                             plan.strands};
   auto* to = static_cast<int64_t*>(request.pointer());
   for (const int64_t figure : figures) *to++ = figure;
+  return nullptr;
+}
+
+// Describes an emulated GPU: its number; multiprocessors, bytes of shared memory of a block, major
+// version, largest cluster that finds room.
+const char* device(Request& request) {
+  Device& device = devices[request.integer()];
+  device.multiprocessors = static_cast<int>(request.integer());
+  device.shared_bytes = static_cast<int>(request.integer());
+  device.major = static_cast<int>(request.integer());
+  device.largest_cluster = static_cast<int>(request.integer());
+  return nullptr;
+}
+
+// The plan on an emulated GPU, or its reason: exchange and blocks; how often the runtime has been
+// asked about that GPU so far; the current one afterwards; and bytes its kernel may have there.
+const char* plan_on_device(Request& request) {
+  const bool is_backward = request.integer() != 0;
+  const int number = static_cast<int>(request.integer());
+  const Task task = read_task(request, is_backward);
+  const Plan plan = fastseq::recurrent_plan_cuda(task, number);
+  if (plan.rejected != nullptr) return plan.rejected;
+  auto* to = static_cast<int64_t*>(request.pointer());
+  to[0] = static_cast<int64_t>(plan.exchange);
+  to[1] = plan.blocks;
+  to[2] = devices[number].occupancy_calls;
+  to[3] = current_device;
+  current_device = number;
+  to[4] = static_cast<int64_t>(limits_of(fastseq::recurrent::kernel_of(task, plan)).shared_bytes);
+  current_device = static_cast<int>(to[3]);
+  to[5] = plan.layout.bytes;
   return nullptr;
 }
 
@@ -131,6 +174,8 @@ void add_functions(Functions& functions) {
   functions["forward"] = forward;
   functions["backward"] = backward;
   functions["plan"] = plan;
+  functions["device"] = device;
+  functions["plan_on_device"] = plan_on_device;
 }
 
 }  // namespace simt

@@ -15,8 +15,8 @@ H200 = (132, 232448, 16)
 GIGAHERTZ = 1.755
 BATCH = 16
 HEAD = (
-    "| cell | H | pass | exchange | blocks x units | rows | splits | weights in a block: registers "
-    "+ shared, KiB | shared in all, KiB | barriers | issue | shared memory | step, us |\n"
+    "| cell | H | pass | exchange | blocks x units | strands | splits | weights in a block: "
+    "registers + shared, KiB | shared in all, KiB | barriers | issue | shared memory | step, us |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
@@ -29,12 +29,13 @@ def row(cell: str, dtype: torch.dtype, hidden: int, backward: bool) -> str:
     if "rejected" in plan:
         return f"{name}| none: {plan['rejected']} |{' |' * 9}\n"
     held, weights = int(plan["held_bytes"]), int(plan["weight_bytes"])
-    barriers = {"block": 1, "cluster": 1, "grid": 3}[plan["exchange"]] + (plan["splits"] != "1")
+    grid = plan["exchange"] == "grid"
+    barriers = 4 if grid else 1 + (plan["splits"] != "1")
     beside = {"block": "", "cluster": " + count", "grid": " + flag"}[plan["exchange"]]
     cells = (
         plan["exchange"],
         f"{plan['blocks']} x {plan['units']}",
-        plan["rows"],
+        plan["strands"],
         plan["splits"],
         f"{held / 1024:.0f} + {(weights - held) / 1024:.0f}",
         f"{int(plan['shared_bytes']) / 1024:.0f}",

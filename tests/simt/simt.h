@@ -51,6 +51,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
   cudaErrorCooperativeLaunchTooLarge = 82,
   cudaErrorInvalidClusterSize = 912,
 };
@@ -84,13 +85,24 @@ struct Shape {
   bool cooperative = false;
 };
 
-// What a kernel has been allowed beyond what every kernel may have.
+// What a kernel has been allowed on the current device beyond what every kernel may have.
 struct Limits {
   size_t shared_bytes = 48 << 10;
   bool large_clusters = false;
 };
 
 Limits& limits_of(const void* kernel);
+
+// GPUs; launches know one, of Hopper, and for its number ask none of these.
+struct Device {
+  int multiprocessors = 132, shared_bytes = 227 << 10, major = 9;
+  int largest_cluster = 16;  // that finds room anywhere, whatever is allowed
+  int occupancy_calls = 0;
+};
+inline Device devices[2];
+inline int current_device = 0;
+// How many blocks of such a size run on a multiprocessor at once.
+size_t resident_blocks(size_t threads, size_t shared_bytes);
 // What a Hopper GPU would say to the launch.
 cudaError_t check_launch(const void* kernel, const Shape& shape);
 void run_grid(const Shape& shape, const std::function<void()>& kernel);

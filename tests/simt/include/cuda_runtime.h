@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../simt.h"
@@ -14,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // Aligned as on the device, so that the undefined-behaviour sanitizer sees a misaligned access.
 struct alignas(8) uint2 {
@@ -77,6 +79,33 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= static_cast<int>(std::size(simt::devices)))
+    return cudaErrorInvalidDevice;
+  simt::current_device = device;
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+};
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
+  if (number < 0 || number >= static_cast<int>(std::size(simt::devices)))
+    return cudaErrorInvalidDevice;
+  const simt::Device& device = simt::devices[number];
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared_bytes
+                                                                  : device.major;
+  return cudaSuccess;
+}
+
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed,
@@ -90,6 +119,15 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   } else {
     limits.shared_bytes = static_cast<size_t>(value);
   }
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int maxDynamicSharedSizeBytes;
+};
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(simt::limits_of(kernel).shared_bytes);
   return cudaSuccess;
 }
 
@@ -117,6 +155,26 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                                 int threads, size_t shared_bytes) {
+  ++simt::devices[simt::current_device].occupancy_calls;
+  if (shared_bytes > simt::limits_of(kernel).shared_bytes) return cudaErrorInvalidValue;
+  *blocks = static_cast<int>(simt::resident_blocks(static_cast<size_t>(threads), shared_bytes));
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                                  const cudaLaunchConfig_t* config) {
+  simt::Device& device = simt::devices[simt::current_device];
+  ++device.occupancy_calls;
+  const simt::Limits& limits = simt::limits_of(kernel);
+  const int blocks = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  if (config->dynamicSmemBytes > limits.shared_bytes) return cudaErrorInvalidValue;
+  if (blocks > (limits.large_clusters ? 16 : 8)) return cudaErrorInvalidClusterSize;
+  *clusters = blocks > device.largest_cluster ? 0 : device.multiprocessors / blocks;
+  return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
