@@ -69,7 +69,7 @@ constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int strands, bool ba
   }
   if (cell == Cell::lstm) return exact ? 1 : turns ? 4 : 5;
   if (cell == Cell::gru) return exact ? 0 : turns ? 1 : 2;
-  return exact ? 5 : turns ? 7 : 8;
+  return exact ? 4 : turns ? 7 : 8;
 }
 
 constexpr Tile tile_of(Cell cell, Arithmetic arithmetic, int strands, bool backward) {
