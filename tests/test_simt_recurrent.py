@@ -478,7 +478,6 @@ def test_no_races(kind: str) -> None:
             itertools.product(ARITHMETICS, (("block", 1, 2), ("cluster", 4, 1), ("grid", 2, 2)))
         ):
             layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, exchange=exchange)
-            if exchange == "grid":
-                layer = dataclasses.replace(layer, strands=1 + turn % 2)
+            layer = dataclasses.replace(layer, strands=1 + turn % 2)
             layer = dataclasses.replace(layer, lengths=(5, 0, 2, 4, 5), reverse=turn % 2 == 1)
             check(host, layer, seed=turn)

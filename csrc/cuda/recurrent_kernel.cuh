@@ -8,14 +8,18 @@
 //   4  gates, cell and h of the thread's own units in registers; results to a stage
 //   5  own h goes to the state of every block of the group
 //   6  the results of the step before leave the stage for global memory
-//   7  a barrier of the block; and all of the next state must have come from the others, in a grid
-//      by a counter and L2
+//   7  a barrier of the block; before the next product all of its state must have come from the
+//      others, in a grid by a counter and L2
 //
 // The state has two buffers, written for step n + 1 while step n's is read; see recurrent_group.cuh
 // for why that is enough. A grid's blocks have one: shared memory is what decides how large a layer
 // they take, and they wait for L2 anyway. The backward is the same with other products: of the
 // gates' gradients with the weights' columns, taken after the exchange, so it makes one more of
 // them.
+//
+// Blocks with two strands do all this for one tile of rows and then for another, whose state has
+// come meanwhile. A strand has its own part of shared memory; what a thread keeps to itself (h, c)
+// lies there until the strand's next turn.
 //
 // Deterministic: every sum has one order, which the plan's splits fix.
 #pragma once

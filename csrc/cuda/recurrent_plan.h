@@ -4,7 +4,8 @@
 // A group of blocks runs a tile of rows of the batch through all steps. Each of its blocks owns
 // some units, the weights of which stay in its registers and shared memory; what all units made in
 // a step (h forward, the gates' gradients backward) is exchanged between the steps: through the
-// block's shared memory, that of the blocks of a cluster, or L2.
+// block's shared memory, that of the blocks of a cluster, or L2. Blocks may take two tiles in turns
+// (strands), so that one is computed while the other's exchange is on its way.
 //
 // A block's product of a step is M rows (gates of units; units backward) by N columns (rows of the
 // batch) over K (all units; all their gates backward). Each warp makes a tile of whole units over a

@@ -192,6 +192,10 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
+// Of a variable that is initialised when its function is first called, on the host alone.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
 SIMT_ACCESSES(1)
 SIMT_ACCESSES(2)
 SIMT_ACCESSES(4)
