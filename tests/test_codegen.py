@@ -37,6 +37,9 @@ RECORDED = {
 
 #: Registers the compiler may take beyond those recorded.
 SLACK = 8
+#: Local accesses, of all instructions at most. Triton 3.6 keeps 32 addresses a thread for dk and dv
+#: of attention (docs/attention-kernels.md).
+SPILLED = {"3.6": 0.11}.get(VERSION, 0.03)
 
 
 def _measure(*options: str) -> list[dict]:
@@ -76,13 +79,13 @@ def test_nothing_spills(usages):
     """No local memory, but for what is recorded of kernels at the limit of 64 or 128 registers.
 
     There the compiler moves a few registers out of the way once a tile; one program less on every
-    SM, the alternative, would cost far more. It must stay below 3% of the instructions.
+    SM, the alternative, would cost far more. It must stay below SPILLED of the instructions.
     """
 
     def holds(usage: dict) -> bool:
         _, recorded, *_ = RECORDED.get(usage["key"], (0, 30))
         accesses = usage["local_accesses"]
-        return accesses <= recorded and accesses <= 0.03 * usage["instructions"]
+        return accesses <= recorded and accesses <= SPILLED * usage["instructions"]
 
     assert not _offenders(usages, holds)
 
@@ -97,6 +100,9 @@ IN_LOOPS = {
     "sm_80 attention_forward_kernel: attention forward packed": 9,
     "sm_80 attention_forward_kernel: attention forward descriptors packed": 9,
 }
+if VERSION == "3.6":
+    IN_LOOPS["sm_90 attention_kv_kernel: attention backward causal fp32"] = 191
+    IN_LOOPS["sm_100 attention_kv_kernel: attention backward causal fp32"] = 117
 
 
 def test_nothing_spills_in_a_loop(usages):
