@@ -45,6 +45,8 @@ def torch_serves(
         return None  # decoding: ours reads the cache at the memory's rate
     if (mask is not None or causal) and not all_finite(key, value):
         return None  # in torch's, NaN that is masked out comes through
+    if mask is not None and not all_finite(query):
+        return None  # and that of a query that sees nothing
     flash = width == value_width
     flash = flash and query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1
     if mask is not None:
