@@ -60,40 +60,44 @@ def by_pointers_and_by_descriptors(
     return found
 
 
-def case_of(name: str, wanted: str) -> Case:
-    return next(case for case in OPERATORS[name].cases if case.name == wanted)
-
-
-QUICK = (
-    ("attention", "causal", torch.float32),
-    ("attention_packed", "some are empty", torch.float32),
+GROUPS = Case(
+    "groups, causal",
+    {"batch": 1, "heads": 2, "key_heads": 1, "lengths": (40, 17), "causal": True},
 )
-ALL = tuple(
-    (name, case.name, dtype)
-    for name in ("attention", "attention_bias", "attention_packed")
-    for case in OPERATORS[name].cases
-    if case.tiny
-    for dtype in (torch.float32, torch.bfloat16)
-    if dtype in case.dtypes and (name, case.name, dtype) not in QUICK
-)
+EMPTY = next(c for c in OPERATORS["attention_packed"].cases if c.name == "some are empty")
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted", "dtype"),
+    ("name", "case", "dtype"),
     [
-        *(pytest.param(*point, id=f"{point[1]}-{point[2]}") for point in QUICK),
-        *(
-            pytest.param(*point, id=f"{point[0]}-{point[1]}-{point[2]}", marks=pytest.mark.slow)
-            for point in ALL
-        ),
+        pytest.param("attention", GROUPS, torch.bfloat16, id="groups"),
+        pytest.param("attention_packed", EMPTY, torch.float32, id="packed"),
     ],
 )
 def test_the_same_to_the_bit(
-    name: str, wanted: str, dtype: torch.dtype, request: pytest.FixtureRequest
+    name: str, case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    found = by_pointers_and_by_descriptors(name, case_of(name, wanted), dtype, request)
-    if (name, wanted, dtype) in QUICK:
-        assert found == [True, True, True]  # forward, keys and values, queries
+    found = by_pointers_and_by_descriptors(name, case, dtype, request)
+    assert found == [True, True, True]  # forward, keys and values, queries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(name, case, id=f"{name}-{case.name}")
+        for name in ("attention", "attention_bias", "attention_packed")
+        for case in OPERATORS[name].cases
+        if case.tiny
+    ],
+)
+def test_the_same_to_the_bit_in_every_case(
+    name: str, case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if dtype not in case.dtypes:
+        pytest.skip("not a case of this dtype")
+    by_pointers_and_by_descriptors(name, case, dtype, request)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "odd stride"])
@@ -101,10 +105,8 @@ def test_rows_that_the_engine_does_not_take_go_by_pointers(
     layout: str, request: pytest.FixtureRequest
 ) -> None:
     """Rows 48 bytes apart are taken, with gaps between; rows 34 bytes apart are not."""
-    sizes = {"lengths": (5, 20), "head_dim": 16, "layout": "sliced"}
-    if layout == "odd stride":
-        sizes = {"lengths": (5, 20), "head_dim": 17}
-    case = Case(layout, sizes)
+    wide = {"head_dim": 17} if layout == "odd stride" else {"head_dim": 16, "layout": "sliced"}
+    case = Case(layout, {"batch": 1, "lengths": (5, 20), "differentiable": (), **wide})
     found = by_pointers_and_by_descriptors("attention", case, torch.bfloat16, request)
     assert set(found) == {layout == "sliced"}
 
