@@ -14,7 +14,7 @@ ROWS = 30
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = (64, 256, 1024, 4096, 8192, 16384, 65536)
-QUICK_LENGTHS = (4096, 65536)
+QUICK_LENGTHS = {"fp32": (65536,), "bf16": (4096,)}
 #: [length, inner]
 COLUMNS = ((16, 256), (128, 256), (512, 64), (4096, 1024))
 QUICK_COLUMNS = ((128, 256),)
@@ -45,7 +45,7 @@ def _masked_backward(length: int, dtype: torch.dtype) -> None:
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call) of every kernel, along rows and along columns."""
     for name, dtype in DTYPES.items():
-        shapes = [(n, 1) for n in (LENGTHS if full else QUICK_LENGTHS)]
+        shapes = [(n, 1) for n in (LENGTHS if full else QUICK_LENGTHS[name])]
         shapes += COLUMNS if full else QUICK_COLUMNS
         for length, inner in shapes:
             size = f"{name} {length}" + (f" x {inner}" if inner > 1 else "")
