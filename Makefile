@@ -34,8 +34,10 @@ verify: $(VENV)/built
 
 # On a machine with a GPU and no network: its own Python, torch, triton and nvcc; results into OUT.
 OUT ?= benchmarks/results/gpu
+BUDGET ?= 500
+PARTS ?= build,verify,tests,sanitizer,suite
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --budget $(BUDGET) --parts $(PARTS)
 
 # The CPU kernels of every instruction set under the address and undefined-behaviour sanitizers, in a
 # copy of the tree: some ten minutes, most of them the compiler's.

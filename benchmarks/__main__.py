@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import base, compare, environment, memory, overhead, plots, report
+from . import base, compare, environment, memory, overhead, report
+from .console import Console, progress
+from .goals import goals_of
 from .ops import FAMILIES, benchmarks_of
 from .points import Point, sweep
 from .registry import DTYPES, MODES, SUITES
@@ -89,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=_positive, default=1.0, help="sampling of each group")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write files here")
     formats = ("svg", "png")
-    parser.add_argument("--plots", type=_listed(formats), default=list(formats), help="svg,png")
+    parser.add_argument(
+        "--plots", type=_listed((*formats, "none")), default=list(formats), help="svg,png or none"
+    )
     parser.add_argument(
         "--base", metavar="REV", help="measure this commit too, in turn, and compare; needs --out"
     )
@@ -145,8 +146,7 @@ def _measure(arguments: list[str]) -> int:
         budget=options.time_budget,
         group_seconds=min(options.seconds, 0.2) if small else options.seconds,
     )
-    dtypes = options.dtype or ["fp32", "bf16"]
-    phases = sweep(chosen, suite, name, dtypes, policies)
+    phases = sweep(chosen, suite, name, options.dtype, policies, settings.modes)
     if not any(phases):
         parser.error(f"suite {suite} has no sizes on {name}")
 
@@ -155,6 +155,7 @@ def _measure(arguments: list[str]) -> int:
         kept = load(options.out)
         check_same_origin(kept.environment, results.environment)
         results.rows, results.ceilings = kept.rows, kept.ceilings
+    results.goals = goals_of((p for phase in phases for p in phase), settings.threads)
     return _run(settings, results, phases, options.out, options.plots)
 
 
@@ -179,7 +180,7 @@ def _run(
 ) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     stopped = ""
-    with _progress(sum(len(phase) for phase in phases)) as tell:
+    with progress(sum(len(phase) for phase in phases)) as tell:
         save = (lambda: results.save(out)) if out else (lambda: None)
         try:
             Runner(settings, results, save, tell).run(phases)
@@ -191,10 +192,10 @@ def _run(
     report.show_environment(results, console)
     console.print()
     report.show(results, console)
+    report.show_goals(results, console)
     if out:
         results.save(out)
-        written = plots.save_plots(results, out, formats)
-        names = ["results.json", "results.csv", *(path.name for path in written)]
+        names = ["results.json", "results.csv", *_plotted(results, out, formats)]
         console.print(f"in {out}: {', '.join(names)}")
     failures = [row for row in results.rows if row.failure is not None]
     if failures:
@@ -209,7 +210,8 @@ def _sort(results: Results, phases: list[list[Point]]) -> None:
     order: dict[tuple[str, str], int] = {}
     for benchmark in benchmarks_of():
         for suite in SUITES:
-            for sizes in benchmark.sweeps.get(suite, ()):
+            asked = [one.sizes for one in benchmark.asked]
+            for sizes in (*benchmark.sweeps.get(suite, ()), *asked):
                 order.setdefault((benchmark.operator.name, benchmark.label(sizes)), len(order))
     dtypes = list(DTYPES)
     results.rows.sort(
@@ -223,18 +225,15 @@ def _sort(results: Results, phases: list[list[Point]]) -> None:
     )
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[object]:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    shown = Console(stderr=True)
-    with Progress(*columns, console=shown, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda text, done: bar.update(task, description=text, completed=done)
+def _plotted(results: Results, out: Path, formats: list[str]) -> list[str]:
+    """The names of the pictures, or of what is missing for them."""
+    if "none" in formats:
+        return []
+    try:
+        from .plots import save_plots
+    except ModuleNotFoundError as error:
+        return [f"no pictures ({error.name} is not installed)"]
+    return [path.name for path in save_plots(results, out, formats)]
 
 
 def _compare(arguments: list[str]) -> int:
@@ -270,6 +269,8 @@ def _table_parser() -> argparse.ArgumentParser:
 
 def _markdown(arguments: list[str]) -> str:
     options = _table_parser().parse_args(arguments)
+    if options.results.name == "rivals.json":  # of `python -m benchmarks.codegen --rivals`
+        return report.rivals_markdown(json.loads(options.results.read_text()))
     return report.markdown(
         load(options.results),
         options.provider,

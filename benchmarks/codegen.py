@@ -4,6 +4,7 @@ Each operator of the registry is called, forward and backward, with the row leng
 while a stand-in driver names the architecture: the kernels a GPU would get are compiled, at the
 launch configuration it would get, and their machine code is read (see ``benchmarks/_ptx.py``).
 Written as Markdown and JSON, with what bounds each kernel by the arithmetic of ``roofline.py``.
+``--rivals`` puts kernels of other packages beside them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from rich.console import Console
-from rich.progress import track
 
 import fastseq
 from fastseq.testing import make_problem, run
 
+from .console import Console, track
 from .ops import FAMILIES, benchmarks_of
 from .registry import DTYPES, Benchmark, Sizes
+from .report import resident_threads, rivals_markdown
 
-#: Threads and 32-bit registers of a multiprocessor, alike on sm_80, sm_90 and sm_100.
-_THREADS, _REGISTERS = 2048, 65536
 #: Tiles and configurations depend on row lengths and dtypes; more rows would only take memory.
 _ROWS = 300
 
@@ -41,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("codegen: TRITON_INTERPRET=1 is set; unset it", file=sys.stderr)
         return 2
+    if options.rivals:
+        return _beside_rivals(options)
     work = [
         (architecture, benchmark, sizes, dtype)
         for benchmark in benchmarks_of(options.families or FAMILIES)
@@ -76,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         help="80,90,100",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write codegen.md and .json here")
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="beside ours the kernels of packages that are installed (liger-kernel, fla-core), "
+        "for sm_90 in bf16; written to DIR/rivals.json, which the documentation quotes",
+    )
     return parser
 
 
@@ -114,6 +121,40 @@ def _entries(
     ]
 
 
+def _beside_rivals(options: argparse.Namespace) -> int:
+    """Ours and theirs for the same sizes, operator by operator."""
+    from ._ptx import measure
+    from .codegen_rivals import ARCHITECTURE, DTYPE, rivals, versions
+
+    benchmarks = {b.operator.name: b for b in benchmarks_of(options.families or FAMILIES)}
+    chosen = [rival for rival in rivals() if rival.operator in benchmarks]
+    if not chosen:
+        print("codegen: no package to compare with is installed", file=sys.stderr)
+        return 2
+    entries: list[dict[str, Any]] = []
+    for rival in track(chosen, "compiling", console=Console(stderr=True)):
+        benchmark = benchmarks[rival.operator]
+        ours = _entries(ARCHITECTURE, benchmark, rival.sizes, DTYPE)
+        entries += [{"package": "fastseq", **entry} for entry in ours]
+        where = {key: ours[0][key] for key in ("operator", "length", "dtype", "architecture")}
+        try:
+            found = [asdict(usage) for usage in measure(rival.call, ARCHITECTURE)]
+        except Exception as error:  # another release of the package: say so, and go on
+            found = [{"failure": f"{type(error).__name__}: {error}".splitlines()[0]}]
+        entries += [{"package": rival.package, **where, **entry} for entry in found]
+    entries.sort(key=lambda entry: list(benchmarks).index(entry["operator"]))
+    report = {
+        "made": f"sm_{ARCHITECTURE}, {DTYPE}, Triton {triton.__version__}",
+        "versions": versions(),
+        "kernels": entries,
+    }
+    print(rivals_markdown(report))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "rivals.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
 @contextmanager
 def _triton_on_cpu_tensors() -> Iterator[None]:
     """Let the ops hand CPU tensors to Triton launchers, as they do under the interpreter."""
@@ -125,11 +166,6 @@ def _triton_on_cpu_tensors() -> Iterator[None]:
             yield
     finally:
         backends._INTERPRETED = before
-
-
-def resident_threads(registers: int) -> int:
-    """Threads of a multiprocessor that registers leave room for: allocated by 8 a thread."""
-    return min(_THREADS, _REGISTERS // (-(-registers // 8) * 8) // 32 * 32)
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:

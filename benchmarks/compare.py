@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from .console import Console, Table, Text
 from .providers import BASELINE
 from .report import case_name, duration
 from .results import Results, Row

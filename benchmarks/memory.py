@@ -69,9 +69,14 @@ def _fault_in(library: ctypes.CDLL) -> None:
 
 def page_faults(call: Callable[[], object]) -> int:
     """Minor page faults of one call."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = faults_so_far()
     call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return faults_so_far() - before
+
+
+def faults_so_far() -> int:
+    """Minor page faults of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -88,11 +93,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 def _peak_bytes_on_cpu(call: Callable[[], object]) -> int | None:
     """From the profiler's allocation events: torch keeps no statistics of CPU memory."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    # Not torch.profiler, which imports the whole compiler first: seconds.
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         kept = call()
     del kept
-    results = getattr(profiler.profiler, "kineto_results", None)
+    results = profiler.kineto_results
     if results is None:
         return None
     events = [event for event in results.events() if event.name() == "[memory]"]

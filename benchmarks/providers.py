@@ -12,39 +12,47 @@ from fastseq.ops._op import REGISTRY
 from fastseq.testing import Problem, run
 from fastseq.testing.operators import Function
 
-from .registry import Benchmark, Provider
+from .registry import Benchmark, Provider, Sizes
 from .timing import Variant
 
 BASELINE = "torch"
+#: In suite ``all`` or by name only.
+ON_REQUEST = ("fastseq:torch", "fastseq:reference", "torch.compile", "flex", "torch native")
+#: The families whose operators a compiler can fuse.
+_COMPILED = ("layer_norm", "softmax", "cross_entropy", "rotary_embedding", "feed_forward")
 
 
 def providers_of(
-    benchmark: Benchmark, wanted: Sequence[str] | None, suite: str, device: str
+    benchmark: Benchmark, sizes: Sizes, wanted: Sequence[str] | None, suite: str, device: str
 ) -> list[Provider]:
-    """The providers to measure, the baseline first.
+    """The providers to measure at these sizes, the baseline first.
 
     By default fastseq as it chooses itself, every kernel of ours that this device can run (the
     runner leaves out one that is the choice itself), torch, and third parties that are installed;
-    in suite ``all`` also ``torch.compile`` and the backends ``torch`` and ``reference``. A list
-    asks for some by name; the baseline always comes.
+    in suite ``all`` also ``torch.compile`` and others that take long, and the backends ``torch``
+    and ``reference``; in suite ``baselines`` all but fastseq. A list asks for some by name; the
+    baseline always comes.
     """
     operator = benchmark.operator
+    own = benchmark.baseline(sizes)
     available = {n for n, state in fastseq.backends().items() if state.startswith("available")}
     available -= {"cpu"} if device == "cuda" else {"cuda", "triton"}
     backends = [c.backend for c in REGISTRY[operator.op] if c.backend in available]
     everything = [
-        Provider(BASELINE, operator.torch),
+        Provider(BASELINE, own or operator.torch, checked=own is None),
         Provider("fastseq", operator.ours),
         *(Provider(f"fastseq:{backend}", operator.ours, backend) for backend in backends),
-        Provider("torch.compile", operator.torch, setup=_compiled),
+        Provider("torch.compile", own or operator.torch, setup=_compiled, checked=own is None),
         *benchmark.rivals(),
     ]
     if wanted is not None:
         return [p for p in everything if p.name == BASELINE or p.name in wanted]
     if suite == "all":
         return everything
-    plain = ("fastseq:torch", "fastseq:reference", "torch.compile")
-    return [provider for provider in everything if provider.name not in plain]
+    if suite == "baselines":
+        slow = () if operator.family in _COMPILED else ("torch.compile", "torch native")
+        return [p for p in everything if not p.name.startswith("fastseq") and p.name not in slow]
+    return [provider for provider in everything if provider.name not in ON_REQUEST]
 
 
 def _compiled(function: Function) -> Function:
@@ -58,10 +66,10 @@ def _compiled(function: Function) -> Function:
     return compiled
 
 
-def backends_used(provider: Provider, problem: Problem, mode: str) -> str:
-    """The backends that served the call: ``"cpu"``, or ``"cpu, torch"`` where ops differ."""
+def backends_used(provider: Provider, problem: Problem) -> str:
+    """What served forward and backward: ``"cpu"``, or ``"cpu, torch"`` where the ops differ."""
     with fastseq.use_backend(provider.backend or "auto"), recorded() as decisions:
-        run(provider.function, problem, gradients=mode != "inference")
+        run(provider.function, problem)
     return ", ".join(dict.fromkeys(decision.backend for decision in decisions))
 
 
@@ -71,13 +79,11 @@ def make_variant(
     """The provider's call in this mode, one for each copy of the problem.
 
     Raises:
-        BackendError: a forced backend cannot serve this mode.
+        BackendError: a forced backend cannot serve the forward that ``bwd`` starts from.
     """
     backend = provider.backend or "auto"
     with fastseq.use_backend(backend):
         calls = [_call(function, problem, mode) for problem in problems]
-        with torch.set_grad_enabled(mode != "inference"):
-            calls[0]()
     return Variant(provider.name, calls, backend, mode != "inference")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from .console import Console, Table, Text
+from .goals import OURS, Goal, look
 from .providers import BASELINE
 from .registry import DTYPES
 from .results import Results, Row
@@ -33,6 +32,7 @@ _COLUMNS = {
     "time": "right",
     "p20-p80": "right",
     "speedup": "right",
+    "asked": "right",
     "noise": "right",
     "GB/s": "right",
     "% ceiling": "right",
@@ -46,7 +46,12 @@ def show(results: Results, console: Console, rows: Sequence[Row] | None = None) 
     """A table for every operator; a line for what was dropped."""
     rows = results.rows if rows is None else rows
     on_gpu = any(row.device == "cuda" for row in rows)
-    columns = [c for c in _COLUMNS if on_gpu or c != "wall"]
+    look(results.goals, results.rows)
+    goals: dict[tuple[object, ...], list[Goal]] = {}
+    for goal in results.goals:
+        goals.setdefault(goal.place, []).append(goal)
+    there = {"wall": on_gpu, "asked": bool(goals)}
+    columns = [c for c in _COLUMNS if there.get(c, True)]
     for operator in dict.fromkeys(row.operator for row in rows):
         table = Table(title=operator, title_justify="left", title_style="bold", show_edge=False)
         table.add_column("case")
@@ -57,6 +62,8 @@ def show(results: Results, console: Console, rows: Sequence[Row] | None = None) 
             members = [row for row in mine if row.group == group]
             for number, row in enumerate(members):
                 cells = _cells(row)
+                if row.provider == OURS and row.policy == "reused":
+                    cells["asked"] = _asked(goals.get(_place_of(row), []))
                 case = "" if number else case_name(row)
                 last = number == len(members) - 1
                 table.add_row(case, *[cells[c] for c in columns], end_section=last)
@@ -64,6 +71,59 @@ def show(results: Results, console: Console, rows: Sequence[Row] | None = None) 
         console.print()
     if results.dropped:
         console.print(f"no time for {len(results.dropped)} points: {', '.join(results.dropped)}")
+
+
+def _place_of(row: Row) -> tuple[object, ...]:
+    return row.operator, row.label, row.dtype, row.mode, row.threads
+
+
+def _asked(goals: Sequence[Goal]) -> Text:
+    """What is asked of a row, each figure in the colour of what became of it."""
+    parts = []
+    for goal in goals:
+        shown = {"speedup": f"{goal.wanted:g}x", "memory": f"peak {goal.wanted:.0%}"}
+        seen = f" ({goal.seen:.2f})" if goal.seen is not None and goal.what != "speedup" else ""
+        parts.append(Text(shown.get(goal.what, f"{goal.wanted:g} plain") + seen, _style(goal)))
+    return Text(", ").join(parts)
+
+
+def _style(goal: Goal) -> str:
+    if goal.reached is None:
+        return "dim"
+    return "green" if goal.reached else "yellow" if goal.in_doubt else "red"
+
+
+def show_goals(results: Results, console: Console) -> None:
+    """How much of what is asked was reached; what was not, and what was not measured, by name."""
+    goals = results.goals
+    if not goals:
+        return
+    reached = [goal for goal in goals if goal.reached]
+    unseen = [goal for goal in goals if goal.reached is None]
+    missed = [goal for goal in goals if goal.reached is False]
+    console.print(
+        f"asked: {len(goals)} figures; {len(reached)} reached, {len(missed)} missed "
+        f"({sum(goal.in_doubt for goal in missed)} of them by less than the noise), "
+        f"{len(unseen)} not measured"
+    )
+    if missed:
+        table = Table(title="missed", title_justify="left", show_edge=False)
+        for column in ("operator", "case", "asked"):
+            table.add_column(column)
+        for column in ("seen", "noise"):
+            table.add_column(column, justify="right")
+        for goal in sorted(missed, key=_shortfall):
+            case = f"{goal.label} {goal.dtype} {goal.mode} {goal.threads}t"
+            seen = Text(f"{goal.seen:.2f}", _style(goal))
+            table.add_row(goal.operator, case, goal.words, seen, f"{goal.noise:.1%}")
+        console.print(table)
+    for goal in unseen:
+        console.print(f"not measured: {goal}", style="dim")
+
+
+def _shortfall(goal: Goal) -> float:
+    seen = goal.seen or 0.0
+    return seen / goal.wanted if goal.what == "speedup" else goal.wanted / max(seen, 1e-9)
 
 
 def case_name(row: Row) -> str:
@@ -186,3 +246,46 @@ def _by(rows: Iterable[Row], *names: str) -> list[tuple[tuple[object, ...], list
     for row in rows:
         groups.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
     return list(groups.items())
+
+
+# --- generated code ------------------------------------------------------------------------------
+
+#: Threads and 32-bit registers of a multiprocessor, alike on sm_80, sm_90 and sm_100.
+_THREADS, _REGISTERS = 2048, 65536
+
+
+def resident_threads(registers: int) -> int:
+    """Threads of a multiprocessor that registers leave room for: allocated by 8 a thread."""
+    return min(_THREADS, _REGISTERS // (-(-registers // 8) * 8) // 32 * 32)
+
+
+def rivals_markdown(report: Mapping[str, Any]) -> str:
+    """What ``codegen --rivals`` found: a line a kernel, those of a package below ours."""
+    lines = [
+        "| operator | row | of | kernel | threads | registers | threads/SM | spilled B | shared B "
+        "| 16-byte loads | 16-byte stores | products | instructions | loop |",
+        "|---|---|---|---|" + "---:|" * 10,
+    ]
+    for entry in report["kernels"]:
+        start = [entry["operator"], entry["length"], entry["package"]]
+        if "failure" in entry:
+            cells = [*start, entry["failure"], *[""] * 10]
+        else:
+            cells = [
+                *start,
+                f"`{entry['kernel']}`",
+                entry["threads"],
+                entry["registers"],
+                resident_threads(entry["registers"]),
+                entry["local_bytes"],
+                entry["shared_bytes"],
+                f"{entry['wide_loads']} of {entry['loads']}",
+                f"{entry['wide_stores']} of {entry['stores']}",
+                entry["tensor_cores"],
+                entry["instructions"],
+                entry["loop"]["instructions"],
+            ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    made = f"{report['made']}; {versions}: `python -m benchmarks.codegen --rivals`"
+    return "\n".join([*lines, "", made])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import IDENTITY
+from .goals import Goal, look
 
 SCHEMA = 1
 Key = tuple[Any, ...]
@@ -84,21 +85,29 @@ class Row:
 
 @dataclass
 class Results:
-    """Everything a run found."""
+    """Everything a run found.
+
+    Attributes:
+        goals: what was asked; what was seen of it is filled in on saving.
+        dropped: the points there was no time for.
+    """
 
     environment: dict[str, Any]
     ceilings: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write ``results.json`` and ``results.csv``, never leaving half a file behind."""
         folder.mkdir(parents=True, exist_ok=True)
+        look(self.goals, self.rows)
         content = {
             "schema": SCHEMA,
             "environment": self.environment,
             "ceilings": self.ceilings,
             "dropped": self.dropped,
+            "asked": [{**asdict(goal), "reached": goal.reached} for goal in self.goals],
             "rows": [
                 {name: value for name, value in asdict(row).items() if value not in (None, {}, "")}
                 for row in self.rows
@@ -139,7 +148,9 @@ def load(path: Path) -> Results:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ResultsError(f"{path}: not a results file of schema {SCHEMA}")
     rows = [Row(**row) for row in content["rows"]]
-    return Results(content["environment"], content["ceilings"], rows, content["dropped"])
+    names = {f.name for f in fields(Goal)}
+    goals = [Goal(**{k: v for k, v in g.items() if k in names}) for g in content.get("asked", [])]
+    return Results(content["environment"], content["ceilings"], rows, content["dropped"], goals)
 
 
 def check_same_origin(old: dict[str, Any], new: dict[str, Any]) -> None:

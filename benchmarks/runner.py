@@ -5,28 +5,40 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 import fastseq
-from fastseq.backends import BackendError
-from fastseq.testing import BOUND, MismatchError, Problem, make_problem, measure_torch, run
-from fastseq.testing.check import device_works
-from fastseq.testing.operators import Function, Ratios
+from fastseq.backends import BackendError, recorded
+from fastseq.testing import Problem, make_problem
 
 from . import ceilings, memory
+from .gate import Admitted, Gate, Probe, in_a_line, raise_if_lost, skipped
 from .points import Point
 from .providers import BASELINE, backends_used, make_variant, providers_of
 from .registry import DTYPES, Cost, Provider
 from .results import Results, Row
 from .statistics import Samples, noise, ratio, summarise
-from .timing import CpuTimer, GpuTimer, Run, Timer, Variant, interleave, wall_seconds
+from .timing import (
+    LEAST_ROUNDS,
+    CpuTimer,
+    GpuTimer,
+    Run,
+    Timer,
+    interleave,
+    wall_seconds,
+)
 
-#: Sampling time of a group: usual, and the least before points are dropped instead.
-GROUP_SECONDS, LEAST_GROUP_SECONDS = 1.0, 0.1
+#: Sampling time of a group: usual; under a budget at what is asked; and the least.
+GROUP_SECONDS, ASKED_SECONDS, LEAST_GROUP_SECONDS = 1.0, 0.2, 0.1
+#: The part of the budget that comes before what is asked: fresh memory, which must be first.
+BEFORE_ASKED = 0.05
+#: A call of this many seconds is its own second timing: one round's against the next one's.
+NEIGHBOURS_SECONDS = 0.25
 AGAIN = f"{BASELINE} again"
+#: About what a call takes of a forward and backward.
+_PARTS = {"inference": 0.4, "fwd": 0.4, "bwd": 0.6, "fwd+bwd": 1.0}
 
 
 @dataclass
@@ -43,6 +55,32 @@ class Settings:
 
 
 @dataclass
+class _Phase:
+    """Points that share a deadline, and what has been learnt of what they take.
+
+    Attributes:
+        overhead: seconds taken beside sampling, by ``groups`` groups.
+    """
+
+    deadline: float | None
+    groups_left: int
+    seconds: float
+    overhead: float = 0.0
+    groups: int = 0
+
+    def share(self) -> float:
+        """Sampling seconds for each of the next groups."""
+        if self.deadline is None:
+            return self.seconds
+        usual = self.overhead / self.groups if self.groups else 0.0
+        fair = (self.deadline - time.perf_counter()) / max(1, self.groups_left) - usual
+        return min(self.seconds, max(LEAST_GROUP_SECONDS, fair))
+
+    def has_time(self, seconds: float = 0.0) -> bool:
+        return self.deadline is None or time.perf_counter() + seconds < self.deadline
+
+
+@dataclass
 class Runner:
     """Fills ``results`` point by point.
 
@@ -55,59 +93,60 @@ class Runner:
     results: Results
     save: Callable[[], None] = lambda: None
     tell: Callable[[str, int], None] = lambda text, done: None
-    _verdicts: dict[tuple[str, str, str, str], tuple[Ratios, str | None]] = field(
-        default_factory=dict
-    )
-    #: Seconds that points of a size took beside their sampling, the longest.
-    _overheads: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._gate = Gate(self.settings.device)
 
     def run(self, phases: Sequence[Sequence[Point]]) -> None:
-        """Measure all points, or those that the budget has time for.
+        """Measure all points, or those that the budget has time for."""
+        # What is there already is no garbage: to look through it all after every group takes long.
+        gc.freeze()
+        try:
+            self._run(phases)
+        finally:
+            gc.unfreeze()
 
-        Every phase has an equal share of the budget; what one leaves over, the next one has.
-        """
+    def _run(self, phases: Sequence[Sequence[Point]]) -> None:
         settings = self.settings
         started = time.perf_counter()
         timer: Timer = GpuTimer() if settings.device.type == "cuda" else CpuTimer()
         self._measure_ceilings(phases)
-        budget = settings.budget and settings.budget - (time.perf_counter() - started)
         done = 0
-        began = time.perf_counter()
-        for index, phase in enumerate(phases):
-            if settings.device.type == "cpu" and phase:
-                memory.set_allocation(phase[0].policies[0])
-            deadline = None if budget is None else began + budget * (index + 1) / len(phases)
-            for number, point in enumerate(phase):
+        for phase, points in zip(self._phases(phases, started), phases, strict=True):
+            if settings.device.type == "cpu" and points:
+                memory.set_allocation(points[0].policies[0])
+            for point in points:
                 self.tell(str(point), done)
-                self._point(point, timer, self._share(deadline, len(phase) - number, point))
+                self._point(point, timer, phase)
                 done += 1
                 self.save()
         self.tell("", done)
 
-    def _groups(self, point: Point) -> int:
-        threads = len(self.settings.threads) if self.settings.device.type == "cpu" else 1
-        modes = sum(mode in point.benchmark.modes for mode in self.settings.modes)
-        return max(1, len(point.policies) * modes * threads)
+    def _phases(self, phases: Sequence[Sequence[Point]], started: float) -> list[_Phase]:
+        """Each with an equal share of the budget; what one leaves over, the next one has.
 
-    def _share(self, deadline: float | None, points_left: int, point: Point) -> float:
-        """Sampling seconds for each group of this point; 0 where there is no time for it."""
-        usual = self.settings.group_seconds
-        if deadline is None:
-            return usual
-        left = deadline - time.perf_counter()
-        groups = self._groups(point)
-        known = list(self._overheads.values())
-        expected = self._overheads.get(point.label, max(known, default=0.0))
-        if left < expected + LEAST_GROUP_SECONDS * groups:
-            return 0.0
-        usual_overhead = sum(known) / len(known) if known else 0.0
-        fair = (left / points_left - usual_overhead) / groups
-        return min(usual, max(LEAST_GROUP_SECONDS, fair))
+        Where something is asked it has all but a twentieth, which goes to what must come before.
+        """
+        found = []
+        asks = [any(point.asked for point in points) for points in phases]
+        first = asks.index(True) if any(asks) else None
+        for index, points in enumerate(phases):
+            deadline, seconds = None, self.settings.group_seconds
+            if self.settings.budget is not None:
+                part = (index + 1) / len(phases)
+                if first is not None:
+                    part = 1.0 if index >= first else BEFORE_ASKED * (index + 1) / first
+                    seconds = min(seconds, ASKED_SECONDS)
+                deadline = started + self.settings.budget * part
+            groups = sum(len(self._groups(point)) for point in points)
+            found.append(_Phase(deadline, groups, seconds))
+        return found
 
     def _measure_ceilings(self, phases: Sequence[Sequence[Point]]) -> None:
         dtypes = {p.dtype: DTYPES[p.dtype] for phase in phases for p in phase}
         for count in self._thread_counts():
-            if str(count) in self.results.ceilings or not dtypes:
+            missing = dtypes.keys() - self.results.ceilings.get(str(count), {}).get("matmul", {})
+            if not missing:
                 continue
             self.tell(f"ceilings, {count} threads", 0)
             torch.set_num_threads(count)
@@ -121,61 +160,83 @@ class Runner:
 
     # --- one point -------------------------------------------------------------------------------
 
-    def _point(self, point: Point, timer: Timer, seconds: float) -> None:
-        settings, operator = self.settings, point.benchmark.operator
-        known = {row.group for row in self.results.rows}
+    def _groups(self, point: Point) -> list[Row]:
+        """The point's groups, as rows to be filled."""
+        operator = point.benchmark.operator
+        where = (operator.family, operator.name, point.label, point.dtype)
         blank = Row(
-            operator.family,
-            operator.name,
-            point.label,
-            point.dtype,
-            mode="",
-            device=settings.device.type,
-            threads=0,
-            policy="",
-            provider="",
+            *where, mode="", device=self.settings.device.type, threads=0, policy="", provider=""
         )
-        wanted = providers_of(
-            point.benchmark, settings.providers, settings.suite, settings.device.type
-        )
-        groups = [
+        return [
             replace(blank, mode=mode, threads=threads, policy=policy)
             for threads in self._thread_counts()
-            for mode in settings.modes
-            if mode in point.benchmark.modes
+            for mode in point.modes
             for policy in point.policies
         ]
-        groups = [g for g in groups if g.group not in known]
+
+    def _wanted(self, point: Point) -> list[Provider]:
+        asked = [BASELINE, "fastseq"] if point.asked else None
+        return providers_of(
+            point.benchmark,
+            point.sizes,
+            self.settings.providers or asked,
+            self.settings.suite,
+            self.settings.device.type,
+        )
+
+    def _point(self, point: Point, timer: Timer, phase: _Phase) -> None:
+        groups = self._groups(point)
+        phase.groups_left -= len(groups)
+        known = {row.group for row in self.results.rows}
+        groups = [group for group in groups if group.group not in known]
         if not groups:
             return
-        if not seconds:
+        if not phase.has_time():
             self.results.dropped.append(str(point))
             return
 
         started = time.perf_counter()
-        problem = make_problem(operator, point.sizes, DTYPES[point.dtype], settings.device)
-        wanted = self._without_doubles(wanted, problem)
-        usable = self._gate(point, problem, wanted)
+        if self.settings.device.type == "cpu":
+            torch.set_num_threads(max(self.settings.threads))  # nothing is timed before a group
+        problem = make_problem(
+            point.benchmark.operator, point.sizes, DTYPES[point.dtype], self.settings.device
+        )
+        modes = tuple(dict.fromkeys(group.mode for group in groups))
+        probe = Probe.of(point, problem, modes, self.settings.device)
+        if not phase.has_time(self._expected(probe, groups)):
+            self.results.dropped.append(str(point))
+            return
+        wanted = self._without_doubles(self._wanted(point), problem)
+        admitted = self._gate.pass_through(point, problem, wanted, probe)
         problems = [problem, *self._copies(point, problem)]
+        phase.groups_left += len(groups)
         sampled = 0.0
         for group in groups:
             # A group is measured whole or not at all: ratios are of one measurement.
             self.results.rows = [row for row in self.results.rows if row.group != group.group]
             torch.set_num_threads(group.threads)
-            begin = time.perf_counter()
-            self.results.rows += self._group(point, group, problems, usable, timer, seconds)
+            begin, seconds = time.perf_counter(), phase.share()
+            self.results.rows += self._group(point, group, problems, admitted, timer, seconds)
             sampled += min(seconds, time.perf_counter() - begin)
+            phase.groups_left -= 1
             gc.collect()
-        overhead = time.perf_counter() - started - sampled
-        self._overheads[point.label] = max(overhead, self._overheads.get(point.label, 0.0))
+        phase.overhead += time.perf_counter() - started - sampled
+        phase.groups += len(groups)
+
+    def _expected(self, probe: Probe, groups: Sequence[Row]) -> float:
+        """Seconds a point takes at the least: the oracle, a run of ours, and the fewest rounds."""
+        part = 1.0 if probe.gradients else _PARTS["inference"]
+        calls = sum(2 * (1 + LEAST_ROUNDS) * _PARTS[group.mode] for group in groups) / part
+        return probe.seconds * (3 + calls)
 
     def _without_doubles(self, wanted: list[Provider], problem: Problem) -> list[Provider]:
         """Without the forced backends that are what fastseq chooses anyway, unless asked for."""
         ours = next((p for p in wanted if p.name == "fastseq"), None)
-        if ours is None or self.settings.providers is not None or self.settings.suite == "all":
+        forced = any(p.backend for p in wanted)
+        if ours is None or not forced or self.settings.providers or self.settings.suite == "all":
             return wanted
         try:
-            chosen = backends_used(ours, problem, "fwd+bwd")
+            chosen = backends_used(ours, problem)
         except Exception:  # the gate, which runs it again, says what is wrong
             return wanted
         return [p for p in wanted if p.name != f"fastseq:{chosen}"]
@@ -192,47 +253,6 @@ class Runner:
         dtype, device = DTYPES[point.dtype], self.settings.device
         return [make_problem(make, sizes, dtype, device, seed=n + 1) for n in range(count)]
 
-    def _gate(
-        self, point: Point, problem: Problem, wanted: Sequence[Provider]
-    ) -> list[tuple[Provider, Function, Ratios, str | None]]:
-        """Every provider with its errors, and what is wrong with it, or None.
-
-        Raises:
-            torch.AcceleratorError: the device itself failed; nothing after it would be true.
-        """
-        yardstick = None
-        gated = []
-        gradients = any(mode in ("bwd", "fwd+bwd") for mode in self.settings.modes)
-        for provider in wanted:
-            function = provider.setup(provider.function) if provider.setup else provider.function
-            key = point.name, point.label, point.dtype, provider.name
-            if key not in self._verdicts:
-                if yardstick is None:
-                    yardstick = measure_torch(point.benchmark.operator, problem)
-                ratios: Ratios = {}
-                wrong: str | None = None
-                try:
-                    with fastseq.use_backend(provider.backend or "auto"):
-                        ratios = yardstick.ratios(_results(function, problem, gradients))
-                    bad = {name: pair for name, pair in ratios.items() if not max(pair) <= BOUND}
-                    if bad:
-                        name, pair = max(bad.items(), key=lambda item: item[1][0])
-                        wrong = f"wrong: {name} {pair[0]:.3g}x torch's error ({pair[1]:.3g}x RMS)"
-                except MismatchError as mismatch:
-                    wrong = f"wrong: {mismatch}"
-                except BackendError as error:
-                    wrong = f"skipped: {str(error).split('cannot serve: ')[-1]}"
-                except Exception as error:  # a rival that cannot run must not end the run
-                    self._raise_if_lost(error)
-                    wrong = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                self._verdicts[key] = ratios, wrong
-            gated.append((provider, function, *self._verdicts[key]))
-        return gated
-
-    def _raise_if_lost(self, error: Exception) -> None:
-        if isinstance(error, torch.AcceleratorError) and not device_works(self.settings.device):
-            raise error
-
     # --- one group -------------------------------------------------------------------------------
 
     def _group(
@@ -240,51 +260,56 @@ class Runner:
         point: Point,
         group: Row,
         problems: Sequence[Problem],
-        usable: Sequence[tuple[Provider, Function, Ratios, str | None]],
+        admitted: Sequence[Admitted],
         timer: Timer,
         seconds: float,
     ) -> list[Row]:
         """Time all providers against each other, the baseline twice."""
         rows: list[Row] = []
-        runs: list[Run] = []
-        variants: list[Variant] = []
-        for provider, function, ratios, verdict in usable:
-            wrong = verdict
-            errors = {name: list(pair) for name, pair in ratios.items()}
-            row = replace(group, provider=provider.name, errors=errors)
+        runs: dict[str, Run] = {}
+        for one in admitted:
+            errors = {name: list(pair) for name, pair in one.ratios.items()}
+            row = replace(group, provider=one.provider.name, errors=errors)
             rows.append(row)
+            wrong = one.wrong
             try:
                 if wrong is None:
-                    with timer.building():
-                        variant = make_variant(provider, function, problems, group.mode)
-                        row.backend = backends_used(provider, problems[0], group.mode)
-                    runs.append(timer.prepare(variant, group.policy))
-                    variants.append(variant)
-                    continue
+                    runs[row.provider] = self._prepared(one, row, problems, timer)
             except BackendError as error:
-                wrong = f"skipped: {str(error).split('cannot serve: ')[-1]}"
+                wrong = skipped(error)
             except Exception as error:  # an operation that a graph cannot capture, for one
-                self._raise_if_lost(error)
-                wrong = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if wrong.startswith("skipped: "):
+                raise_if_lost(error, self.settings.device)
+                wrong = in_a_line(error)
+            if wrong is not None and wrong.startswith("skipped: "):
                 row.skipped = wrong.removeprefix("skipped: ")
             else:
                 row.failure = wrong
-        baseline = next((r for r in runs if r.variant.name == BASELINE), None)
-        if baseline is None:
-            return rows
-        again = replace(baseline, variant=replace(baseline.variant, name=AGAIN))
-        *samples, repeated = interleave(timer, [*runs, again], seconds)
-        timed = {run.variant.name: column for run, column in zip(runs, samples, strict=True)}
-        cost = point.benchmark.cost_of(problems[0], group.mode)
-        for row in rows:
-            if row.provider in timed:
-                self._fill(row, timed[row.provider], timed[BASELINE], repeated, cost)
-        for variant in variants:
-            self._measure_memory(next(r for r in rows if r.provider == variant.name), variant)
+        if BASELINE in runs:
+            timed, repeated = _timed(timer, runs, seconds)
+            cost = point.benchmark.cost_of(problems[0], group.mode)
+            for row in rows:
+                if row.provider in timed:
+                    self._fill(row, timed[row.provider], timed[BASELINE], repeated, cost)
+                    self._fill_in_the_rest(row, runs[row.provider])
         fastseq.use_backend("auto")
         torch.set_grad_enabled(True)
         return rows
+
+    def _prepared(self, one: Admitted, row: Row, problems: Sequence[Problem], timer: Timer) -> Run:
+        """The provider's run, after a first call that shows its memory and its backends."""
+        device = self.settings.device
+        with timer.building(), recorded() as decisions:
+            variant = make_variant(one.provider, one.function, problems, row.mode)
+            variant.enter()
+            call = variant.calls[0]
+            if device.type == "cuda" or one.provider.setup:
+                call()  # what is compiled or set up once is no call's memory
+            started = time.perf_counter()
+            row.peak_bytes = memory.peak_bytes(call, device)
+            if device.type == "cpu":
+                variant.first = time.perf_counter() - started
+        row.backend = ", ".join(dict.fromkeys(decision.backend for decision in decisions))
+        return timer.prepare(variant, row.policy)
 
     def _fill(
         self, row: Row, samples: Samples, baseline: Samples, again: Samples, cost: Cost
@@ -311,22 +336,24 @@ class Runner:
             matmul = cost.flops / rate if cost.matmul else 0.0
             row.datasheet = max(cost.bytes / sheet[0], matmul) / time_of.median
 
-    def _measure_memory(self, row: Row, variant: Variant) -> None:
-        device, call = self.settings.device, variant.calls[0]
-        if device.type == "cuda":
-            row.wall_milliseconds = wall_seconds(variant, device) * 1e3
-        variant.enter()
-        row.peak_bytes = memory.peak_bytes(call, device)
-        if device.type == "cpu":
-            call()
-            row.page_faults = memory.page_faults(call)
+    def _fill_in_the_rest(self, row: Row, run: Run) -> None:
+        if self.settings.device.type == "cuda":
+            expected = (row.milliseconds or 0.0) * 1e-3
+            taken = wall_seconds(run.variant, self.settings.device, expected)
+            row.wall_milliseconds = taken * 1e3
+        else:
+            row.page_faults = run.faults // run.calls
 
 
-def _results(function: Function, problem: Problem, gradients: bool) -> dict[str, Any]:
-    """Outputs and gradients; outputs alone where a forced backend has no backward."""
-    if not gradients:
-        return run(function, problem, gradients=False)
-    try:
-        return run(function, problem)
-    except BackendError:
-        return run(function, problem, gradients=False)
+def _timed(
+    timer: Timer, runs: dict[str, Run], seconds: float
+) -> tuple[dict[str, Samples], Samples]:
+    """Samples of all runs by name, and the baseline's once more."""
+    baseline = runs[BASELINE]
+    if baseline.variant.first > NEIGHBOURS_SECONDS and isinstance(timer, CpuTimer):
+        samples = interleave(timer, list(runs.values()), seconds)
+        timed = dict(zip(runs, samples, strict=True))
+        return timed, timed[BASELINE].roll(1)
+    again = replace(baseline, variant=replace(baseline.variant, name=AGAIN))
+    *samples, repeated = interleave(timer, [*runs.values(), again], seconds)
+    return dict(zip(runs, samples, strict=True)), repeated

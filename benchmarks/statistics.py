@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-Samples = NDArray[np.float64]
+#: One number a round, in fp64.
+Samples = torch.Tensor
 
 #: p80 - p20 of a normal distribution, in standard deviations.
 _SPREAD = 1.683
@@ -24,8 +24,9 @@ class Summary:
 
 
 def summarise(samples: Samples) -> Summary:
-    p20, median, p80 = np.percentile(samples, (20, 50, 80))
-    return Summary(float(median), float(p20), float(p80))
+    quantiles = torch.quantile(samples, torch.tensor([0.2, 0.5, 0.8], dtype=samples.dtype))
+    p20, median, p80 = quantiles.tolist()
+    return Summary(median, p20, p80)
 
 
 def ratio(numerator: Samples, denominator: Samples) -> Summary:

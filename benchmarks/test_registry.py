@@ -35,7 +35,7 @@ def test_speed(
     if mode not in case.modes:
         pytest.skip("no gradients")
     problem = make_problem(case.operator, sizes, DTYPES[dtype], "cpu")
-    providers = providers_of(case, [provider_name], "smoke", "cpu")
+    providers = providers_of(case, sizes, [provider_name], "smoke", "cpu")
     provider = next(p for p in providers if p.name == provider_name)
     ratios = measure_torch(case.operator, problem).ratios(run(provider.function, problem))
     assert all(max(pair) <= BOUND for pair in ratios.values()), ratios

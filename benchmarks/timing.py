@@ -8,23 +8,30 @@ slows all of them, and ratios are taken within each round. What differs between 
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import fastseq
 
+from .memory import faults_so_far
 from .statistics import Samples
 
 #: A run is made of as many calls as it takes to last this long, so that clocks resolve it.
 CPU_RUN_SECONDS = 300e-6
 GPU_RUN_SECONDS = 1e-3
 MAX_CALLS = 256
-MIN_ROUNDS, MAX_ROUNDS = 7, 300
+#: Rounds: as many as the sampling time has room for. The minimum may take four times as long, or
+#: half a second; the least is what even the slowest calls get.
+LEAST_ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 300
+#: Of each of the five rounds that tell a call's time with the host.
+_WALL_SECONDS = 0.02
+#: From here on a call is not repeated to warm up or to find out how long it takes.
+SLOW_SECONDS = 0.05
 
 
 @dataclass
@@ -36,12 +43,14 @@ class Variant:
         calls: one call for each copy of the inputs, all alike.
         backend: forced around every call, outside what is timed.
         gradients: whether autograd records.
+        first: seconds that its first call took, 0 where there was none yet.
     """
 
     name: str
     calls: list[Callable[[], object]]
     backend: str
     gradients: bool
+    first: float = 0.0
 
     def enter(self) -> None:
         fastseq.use_backend(self.backend)
@@ -50,11 +59,21 @@ class Variant:
 
 @dataclass
 class Run:
-    """Some calls in a row, and how many they are."""
+    """Some calls in a row, and how many they are.
+
+    Attributes:
+        faults: page faults of the latest execution, on a CPU.
+    """
 
     variant: Variant
     execute: Callable[[], object]
     calls: int
+    faults: int = 0
+
+    @property
+    def slow(self) -> bool:
+        """Whether one call of it is long: it was warm after the first."""
+        return self.variant.first > SLOW_SECONDS
 
 
 class CpuTimer:
@@ -62,6 +81,8 @@ class CpuTimer:
 
     def prepare(self, variant: Variant, policy: str) -> Run:
         call = variant.calls[0]
+        if variant.first > SLOW_SECONDS:
+            return Run(variant, call, 1)
         variant.enter()
         call()
         seconds = min(self._once(call) for _ in range(3))
@@ -81,7 +102,10 @@ class CpuTimer:
 
     def measure(self, run: Run) -> float:
         """Seconds of one run."""
-        return self._once(run.execute)
+        before = faults_so_far()
+        seconds = self._once(run.execute)
+        run.faults = faults_so_far() - before
+        return seconds
 
     @staticmethod
     def _once(call: Callable[[], object]) -> float:
@@ -159,12 +183,18 @@ def interleave(
     """
     samples: list[list[float]] = [[] for _ in runs]
     for run in runs:  # warm-up: caches, clocks, lazy initialisation
-        run.variant.enter()
-        timer.measure(run)
-    end = time.perf_counter() + seconds
+        if not run.slow:
+            run.variant.enter()
+            timer.measure(run)
+    start = time.perf_counter()
     rounds = 0
     shuffled = random.Random(0)
-    while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() < end):
+    while rounds < MAX_ROUNDS:
+        passed = time.perf_counter() - start
+        if rounds >= min_rounds and passed > seconds:
+            break
+        if rounds >= LEAST_ROUNDS and passed > max(4 * seconds, 0.5):
+            break
         for index in shuffled.sample(range(len(runs)), len(runs)):
             run = runs[index]
             run.variant.enter()
@@ -172,13 +202,18 @@ def interleave(
         rounds += 1
     fastseq.use_backend("auto")
     torch.set_grad_enabled(True)
-    return [np.array(column) for column in samples]
+    return [torch.tensor(column, dtype=torch.float64) for column in samples]
 
 
-def wall_seconds(variant: Variant, device: torch.device, count: int = 20) -> float:
-    """Seconds a call takes with the host's share: calls one after another, then a wait."""
+def wall_seconds(variant: Variant, device: torch.device, expected: float) -> float:
+    """Seconds a call takes with the host's share: calls one after another, then a wait.
+
+    Args:
+        expected: a call's seconds without the host: of long ones a few do.
+    """
+    count = max(1, min(20, int(_WALL_SECONDS / max(expected, 1e-6))))
     variant.enter()
-    times = []
+    times: list[float] = []
     for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -190,4 +225,4 @@ def wall_seconds(variant: Variant, device: torch.device, count: int = 20) -> flo
         times.append((time.perf_counter() - start) / count)
     fastseq.use_backend("auto")
     torch.set_grad_enabled(True)
-    return float(np.median(times))
+    return statistics.median(times)

@@ -1,23 +1,43 @@
 """The benchmark harness: it must time what is right, refuse what is wrong, and see what moved."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+import fastseq
 from benchmarks import __main__ as command
-from benchmarks import codegen, compare, gpu, memory, overhead, plots, report
+from benchmarks import (
+    base,
+    codegen,
+    compare,
+    console,
+    gpu,
+    memory,
+    overhead,
+    plots,
+    report,
+    timing,
+)
 from benchmarks.__main__ import _parser as command_parser
+from benchmarks.goals import goals_of
 from benchmarks.ops import FAMILIES, benchmarks_of
 from benchmarks.points import even_order, sweep
-from benchmarks.registry import Benchmark, Cost, Provider
+from benchmarks.providers import providers_of
+from benchmarks.registry import MODES, Asked, Benchmark, Cost, Provider
 from benchmarks.results import Results, ResultsError, load
 from benchmarks.runner import Runner, Settings
 from benchmarks.statistics import noise, ratio, summarise
+from fastseq.cli import verify
+from fastseq.ops import layer_norm as layer_norm_ops
 from fastseq.testing import FAMILIES as TESTED_FAMILIES
 from fastseq.testing import Operator, Problem
 
@@ -63,16 +83,16 @@ def _slow(seconds, function=_double):
 
 
 def _run(
-    benchmarks, *, results=None, budget=None, modes=("inference",), providers=None, dtypes=("fp32",)
+    benchmarks, *, results=None, budget=None, modes=("inference",), providers=None, seconds=0.02
 ):
     settings = Settings(
-        CPU, modes, [1], "smoke", providers or ["fastseq"], budget, group_seconds=0.02
+        CPU, modes, [1], "smoke", providers or ["fastseq"], budget, group_seconds=seconds
     )
     results = results or Results(
         {"device": "a CPU", "torch": "2", "commit": "c", "date": "2026"},
         ceilings={"1": {"copy": 1e10, "matmul": {"fp32": 1e11}}},
     )
-    Runner(settings, results).run(sweep(benchmarks, "smoke", "cpu", ["fp32"], ["reused"]))
+    Runner(settings, results).run(sweep(benchmarks, "smoke", "cpu", ["fp32"], ["reused"], modes))
     return results
 
 
@@ -116,18 +136,38 @@ def test_a_wrong_gradient_is_caught_too():
     assert "wrong: grad_input" in next(r for r in results.rows if r.provider == "fastseq").failure
 
 
-@pytest.mark.parametrize("mode", ["inference", "fwd", "bwd", "fwd+bwd"])
-def test_every_mode_of_every_registered_operator_runs(mode):
+def test_every_mode_of_every_registered_operator_runs():
     assert FAMILIES == TESTED_FAMILIES
     for benchmark in benchmarks_of():
         if mode not in benchmark.modes:
             continue
         first = dataclasses.replace(benchmark, sweeps={"smoke": benchmark.sweeps["smoke"][:1]})
-        rows = {row.provider: row for row in _run([first], modes=(mode,)).rows}
-        assert rows["fastseq"].failure is None, rows["fastseq"].failure
-        assert rows["fastseq"].speedup > 0
-        assert rows["fastseq"].backend
-        assert rows["torch"].minimal_bytes > 0
+        rows = _run([first], modes=MODES).rows
+        assert [row.mode for row in rows] == [mode for mode in benchmark.modes for _ in range(2)]
+        for row in rows:
+            assert row.failure is None, row
+            assert row.speedup > 0
+            assert row.minimal_bytes > 0
+            assert bool(row.backend) == (row.provider == "fastseq")
+
+
+@pytest.mark.skipif(
+    not fastseq.backends()["cpu"].startswith("available"), reason="no kernel to plant it in"
+)
+def test_an_error_planted_in_a_kernel_is_caught(monkeypatch, capsys):
+    right = layer_norm_ops._extension_forward
+
+    def wrong(*arguments):
+        output, *rest = right(*arguments)
+        return output * 1.0001, *rest
+
+    monkeypatch.setattr(layer_norm_ops, "_extension_forward", wrong)
+    arguments = ["--ops", "rms_norm", "--suite", "smoke", "--device", "cpu", "--seconds", "0.01"]
+    assert command.main([*arguments, "--mode", "inference", "--dtype", "fp32"]) == 1
+    assert "wrong: output" in capsys.readouterr().out
+    arguments = ["--device", "cpu", "--family", "layer_norm", "--quick", "--dtype", "fp32"]
+    assert verify.run([*arguments, "--backend", "cpu"]) == 1
+    assert "FAILED rms_norm cpu fp32, plain:" in capsys.readouterr().out
 
 
 # --- timing --------------------------------------------------------------------------------------
@@ -143,7 +183,7 @@ def test_a_known_ratio_is_found():
 
 
 def test_pairs_cancel_what_slows_both():
-    slow_spell = torch.tensor([1.0, 1, 1, 5, 5, 5, 5]).numpy()
+    slow_spell = torch.tensor([1.0, 1, 1, 5, 5, 5, 5]).double()
     paired = ratio(2 * slow_spell, slow_spell)
     assert (paired.p20, paired.median, paired.p80) == (2, 2, 2)
     assert summarise(slow_spell).median == 5
@@ -168,6 +208,104 @@ def test_peak_memory_of_a_cpu_call():
     assert 2 * source.nbytes <= peak < 2.1 * source.nbytes
 
 
+# --- timing on a GPU that is not there -----------------------------------------------------------
+
+
+class Gpu:
+    """As much of ``torch.cuda`` as the timer uses, with a clock of its own, in milliseconds."""
+
+    def __init__(self):
+        self.now, self.captured, self.stream_now, self.log = 0.0, None, None, []
+
+    def kernel(self, name, milliseconds):
+        assert self.stream_now == "timer's", "a kernel on another stream cannot be captured"
+        if self.captured is not None:
+            self.captured.append((name, milliseconds))
+        else:
+            self.now += milliseconds
+            self.log.append(name)
+
+    def install(self, monkeypatch):
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                assert gpu.stream_now == "timer's"
+                self.at = gpu.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                assert gpu.stream_now == "timer's"
+                assert gpu.captured is None
+                for name, milliseconds in self.nodes:
+                    gpu.kernel(name, milliseconds)
+
+        @contextmanager
+        def stream(name):
+            before, gpu.stream_now = gpu.stream_now, name
+            yield
+            gpu.stream_now = before
+
+        @contextmanager
+        def graph(graph, stream):
+            gpu.captured, before = [], gpu.stream_now
+            gpu.stream_now = stream
+            yield
+            graph.nodes, gpu.captured, gpu.stream_now = gpu.captured, None, before
+
+        fakes = {"Stream": lambda: "timer's", "stream": stream, "Event": Event, "graph": graph}
+        fakes |= {"CUDAGraph": Graph, "synchronize": lambda: None, "_sleep": lambda cycles: None}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def variant(self, name, milliseconds, copies=3):
+        calls = [lambda i=i: self.kernel(f"{name}{i}", milliseconds) for i in range(copies)]
+        return timing.Variant(name, calls, "auto", False)
+
+
+def test_a_graph_is_replayed_on_all_copies_when_cold_and_on_one_when_hot(monkeypatch):
+    gpu = Gpu()
+    gpu.install(monkeypatch)
+    timer = timing.GpuTimer()
+    for policy, names in (("cold", {"a0", "a1", "a2"}), ("hot", {"a0"})):
+        run = timer.prepare(gpu.variant("a", 0.01), policy)
+        gpu.log.clear()
+        assert timer.measure(run) == pytest.approx(run.calls * 1e-5)
+        assert len(gpu.log) == run.calls
+        assert 90 <= run.calls <= 100  # a millisecond's worth
+        assert {name: gpu.log.count(name) for name in names} == dict.fromkeys(
+            names, run.calls // len(names)
+        )
+    assert timer.prepare(gpu.variant("a", 50.0), "cold").calls == 3  # long calls: each copy once
+    assert timer.prepare(gpu.variant("a", 1e-7), "hot").calls == timing.MAX_CALLS
+
+
+def test_ratios_and_wall_time_on_a_gpu(monkeypatch):
+    gpu = Gpu()
+    gpu.install(monkeypatch)
+    timer = timing.GpuTimer()
+    runs = [timer.prepare(gpu.variant(n, t), "cold") for n, t in (("a", 0.02), ("b", 0.005))]
+    slow, fast = timing.interleave(timer, runs, 0.001)
+    assert len(slow) == len(fast) >= timing.MIN_ROUNDS
+    assert ratio(slow, fast).median == pytest.approx(4)
+    monkeypatch.setattr(gpu, "kernel", lambda *_: gpu.log.append("call"))
+    gpu.log.clear()
+    assert timing.wall_seconds(gpu.variant("a", 0.0), torch.device("cuda"), 1e-5) > 0
+    assert len(gpu.log) == 5 * 20
+    gpu.log.clear()
+    timing.wall_seconds(gpu.variant("a", 0.0), torch.device("cuda"), 1.0)
+    assert len(gpu.log) == 5
+
+
 # --- the budget, and going on where a run stopped ------------------------------------------------
 
 
@@ -184,8 +322,64 @@ def test_a_budget_drops_points_evenly_and_says_so():
     assert abs(2 * of_first - len(done)) <= 1
 
 
+def test_what_is_asked_comes_first_and_is_shown_beside_what_is_seen(tmp_path, capsys):
+    wishes = (
+        Asked({"count": 1}, "inference", "fp32", speedup=1.5, memory=1.0),
+        Asked({"count": 2}, "inference", "fp32", speedup=4.0),
+        Asked({"count": 2}, "inference", "fp32", beside={"count": 1}, times=0.1),
+        Asked({"count": 3}, "bwd", "fp32", speedup=1.0),
+    )
+    slow = _benchmark(ours=_slow(0.004), torchs=_slow(0.008), counts=range(1, 9))
+    slow = dataclasses.replace(slow, asked=wishes, sweeps={"cpu": slow.sweeps["smoke"]})
+    phases = sweep([slow], "cpu", "cpu", None, ["reused"], ["inference"])
+    assert [p.label for p in phases[0]] == ["1", "2"]
+    results = Results(
+        {"device": "a CPU", "torch": "2", "commit": "c", "date": "2026"},
+        ceilings={"1": {"copy": 1e10, "matmul": {"fp32": 1e11, "bf16": 1e11}}},
+        goals=goals_of(phases[0], [1]),
+    )
+    settings = Settings(CPU, ["inference"], [1], "cpu", ["fastseq"], 0.5, group_seconds=0.02)
+    Runner(settings, results).run([phases[0][:1], phases[1][:0]])
+    results.save(tmp_path)
+    goals = load(tmp_path).goals
+    assert [(goal.label, goal.what, goal.reached) for goal in goals] == [
+        ("1", "speedup", True),
+        ("1", "memory", True),
+        ("2", "speedup", None),
+        ("2", "time", None),
+    ]
+    settings.budget = None
+    Runner(settings, results).run([phases[0][1:]])
+    report.show(results, Console(width=200))
+    report.show_goals(results, Console(width=200))
+    assert [goal.reached for goal in results.goals] == [True, True, False, False]
+    printed = capsys.readouterr().out
+    assert "1.5x, peak 100% (1.00)" in printed
+    assert "4 figures; 2 reached, 2 missed" in printed
+    results.rows = [row for row in results.rows if row.label == "1"]
+    report.show(results, Console(width=200))
+    report.show_goals(results, Console(width=200))
+    assert "not measured: double 2 fp32 inference, 1 thread: 4x torch's speed" in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_is_asked_can_be_measured():
+    """The times beside which others are asked are asked for themselves, so that they are there."""
+    count = 0
+    for benchmark in benchmarks_of():
+        known = {(benchmark.label(a.sizes), a.mode, a.dtype) for a in benchmark.asked}
+        for one in benchmark.asked:
+            count += 1
+            if one.beside is not None:
+                assert (benchmark.label(one.beside), one.mode, one.dtype) in known
+    assert count > 100
+
+
 def test_any_first_points_are_spread():
-    points = sweep(benchmarks_of(["layer_norm"]), "cpu", "cpu", ["fp32", "bf16"], ["reused"])[0]
+    points = sweep(
+        benchmarks_of(["layer_norm"]), "cpu", "cpu", ["fp32", "bf16"], ["reused"], MODES
+    )[1]
     ordered = even_order(points)
     assert sorted(map(str, ordered)) == sorted(map(str, points))
     first = ordered[:8]
@@ -229,7 +423,7 @@ def test_results_of_another_commit_are_not_resumed(tmp_path, capsys):
 def test_a_planted_slowdown_is_seen(tmp_path, capsys):
     for name, seconds in (("old", 0.004), ("same", 0.004), ("slower", 0.0054)):
         benchmark = _benchmark(ours=_slow(seconds), torchs=_slow(0.008))
-        _run([benchmark]).save(tmp_path / name)
+        _run([benchmark], seconds=0.4).save(tmp_path / name)
     paths = {name: str(tmp_path / name) for name in ("old", "same", "slower")}
     assert command.main(["compare", paths["old"], paths["same"], "--least", "0.1"]) == 0
     assert "0 slower, 0 faster" in capsys.readouterr().out
@@ -271,6 +465,41 @@ def test_files_and_tables(tmp_path, capsys):
 def test_no_results_no_plots(tmp_path):
     assert plots.save_plots(Results({}), tmp_path) == []
     assert "no results" in report.markdown(Results({}))
+
+
+def test_without_rich_and_matplotlib_the_numbers_come_all_the_same(monkeypatch, tmp_path, capsys):
+    """As on a machine without network, that has what it has."""
+    for name in ("rich", "rich.console", "rich.progress", "rich.table", "rich.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.plots")
+    spec = importlib.util.spec_from_file_location("plain", console.__file__)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    assert plain.Console.__module__ == "plain"
+    for name in ("Console", "Table", "Text"):
+        monkeypatch.setattr(report, name, getattr(plain, name))
+    monkeypatch.setattr(command, "Console", plain.Console)
+    monkeypatch.setattr(command, "progress", plain.progress)
+    arguments = ["--ops", "rms_norm", "--suite", "smoke", "--device", "cpu", "--seconds", "0.01"]
+    arguments += ["--mode", "inference", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "fastseq (" in printed
+    assert "matplotlib is not installed" in printed
+    assert load(tmp_path).rows
+    assert list(plain.track([1, 2], "counting")) == [1, 2]
+
+
+def test_the_registry_runs_under_pytest_benchmark(tmp_path):
+    found = tmp_path / "found.json"
+    case = "benchmarks/test_registry.py::test_speed[rms_norm-4x64-fp32-inference-"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"{case}{name}]" for name in ("torch", "fastseq")]
+    subprocess.run([*command, f"--benchmark-json={found}"], check=True, capture_output=True)
+    timed = json.loads(found.read_text())["benchmarks"]
+    assert [entry["params"]["provider_name"] for entry in timed] == ["torch", "fastseq"]
+    assert len({entry["group"] for entry in timed}) == 1
 
 
 @pytest.mark.parametrize(
@@ -334,6 +563,47 @@ def test_a_step_that_hangs_or_fails_takes_nothing_with_it(monkeypatch, tmp_path,
     assert "verify: out of time" in capsys.readouterr().out
 
 
+def test_no_step_costs_another_and_the_folder_stays_small(monkeypatch, tmp_path):
+    def planted(name, device, out, seconds):
+        if name == "verify":
+            raise OSError("planted")
+        if name == "sanitizer":
+            return ["/no/such/program"], ""
+        if name == "baselines":
+            code = "mkdir -p $0; echo {} > $0/results.json; echo , > $0/results.csv"
+            return ["sh", "-c", code, str(out / "baselines")], ""
+        return ["sh", "-c", "yes | head -c 3000000"], ""
+
+    monkeypatch.setattr(gpu, "_command", planted)
+    parts = ",".join(gpu.STEPS)
+    arguments = ["--device", "cpu", "--budget", "60", "--out", str(tmp_path), "--parts", parts]
+    assert gpu.main(arguments) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["outcome"] for step in summary["steps"]] == [
+        *("passed", "failed", "passed", "failed", "passed", "passed")
+    ]
+    assert "planted" in summary["steps"][1]["remark"]
+    assert summary["machine"]["torch"] == torch.__version__
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("log.txt", "summary.json", "baselines.json")
+    }
+    assert (tmp_path / "log.txt").stat().st_size < 1.1 * 2**20
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "all"])
+
+
+def test_the_files_with_gpu_tests_are_found():
+    assert "tests/gpu/test_kernels.py" in gpu._gpu_tests()
+    assert not [path for path in gpu._gpu_tests() if "test_benchmarks" in path]
+
+
+def test_without_pytest_verify_has_all_cases(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    command, reason = gpu._command("tests", "cuda", tmp_path, 100.0)
+    assert command[1:] == ["-m", "fastseq", "verify", "--device", "cuda"]
+    assert "pytest is not installed" in reason
+
+
 def test_every_step_has_a_command_on_both_devices(tmp_path):
     for device in ("cpu", "cuda"):
         for name in gpu.STEPS:
@@ -341,20 +611,42 @@ def test_every_step_has_a_command_on_both_devices(tmp_path):
             assert command or reason
     suite, _ = gpu._command("suite", "cuda", tmp_path, 100.0)
     options = command_parser().parse_args(suite[3:])
-    assert (options.device, options.suite, options.time_budget) == ("cuda", "gpu", 85.0)
+    assert (options.device, options.suite, options.time_budget) == ("cuda", "gpu", 70.0)
+    baselines, _ = gpu._command("baselines", "cuda", tmp_path, 100.0)
+    assert command_parser().parse_args(baselines[3:]).suite == "baselines"
+    for benchmark in benchmarks_of():
+        assert benchmark.sizes_of("baselines", "cuda")
+        names = [p.name for p in providers_of(benchmark, {}, None, "baselines", "cuda")]
+        assert names[0] == "torch"
+        assert not [name for name in names if name.startswith("fastseq")]
 
 
 # --- code generation -----------------------------------------------------------------------------
 
 
 def test_registers_bound_the_resident_threads():
-    assert [codegen.resident_threads(n) for n in (32, 33, 64, 128, 255)] == [
+    assert [report.resident_threads(n) for n in (32, 33, 64, 128, 255)] == [
         2048,
         1632,
         1024,
         512,
         256,
     ]
+
+
+def test_the_page_of_generated_code_is_made_from_the_committed_report(monkeypatch):
+    """By ``python -m benchmarks table --update docs/generated-code.md``; every rival has ours."""
+    page = Path(gpu.ROOT, "docs", "generated-code.md").read_text()
+    monkeypatch.chdir(gpu.ROOT)
+    assert command.updated(page) == page
+    found = json.loads(Path("benchmarks/results/codegen/rivals.json").read_text())
+    assert set(found["versions"]) == {"liger-kernel", "fla-core"}
+    places = {
+        package: {(e["operator"], e["length"]) for e in found["kernels"] if e["package"] == package}
+        for package in ("fastseq", *found["versions"])
+    }
+    assert places["fastseq"] == places["liger-kernel"] | places["fla-core"]
+    assert not [entry for entry in found["kernels"] if "failure" in entry]
 
 
 def test_codegen_report_names_failures():
@@ -376,14 +668,61 @@ def test_base_says_what_is_wrong(tmp_path, capsys):
     assert "--base needs --out" in capsys.readouterr().err
 
 
+def _repository(path, setup):
+    path.mkdir()
+    (path / "setup.py").write_text(setup)
+    git = ["git", "-C", str(path), "-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    return path
+
+
+def test_another_commit_is_built_once_beside_this_one(monkeypatch, tmp_path):
+    builds = "open('count', 'a').write('x')"
+    monkeypatch.setattr(base, "_ROOT", _repository(tmp_path / "good", builds))
+    tree = base.checkout("HEAD")
+    assert tree == base.checkout("HEAD")
+    assert (tree / "count").read_text() == "x"
+    monkeypatch.setattr(base, "_ROOT", _repository(tmp_path / "bad", "raise SystemExit('no')"))
+    with pytest.raises(base.BaseError, match="HEAD does not build"):
+        base.checkout("HEAD")
+
+
+def test_a_slowdown_since_the_other_commit_is_seen(monkeypatch, tmp_path, capsys):
+    """Both trees are measured operator by operator in turn, and compared."""
+    order = []
+
+    def measured(command, cwd, env, check):
+        order.append((command[command.index("--ops") + 1], cwd == tmp_path))
+        seconds = 0.004 if cwd == tmp_path else 0.0054
+        benchmark = _benchmark(ours=_slow(seconds), torchs=_slow(0.008))
+        _run([benchmark], seconds=0.4).save(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(base, "checkout", lambda revision: tmp_path)
+    monkeypatch.setattr(base.subprocess, "run", measured)
+    arguments = ["layer_norm", "--ops", "layer_norm,rms_norm", "--device", "cpu", "--base", "HEAD"]
+    assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    names = ("layer_norm", "rms_norm")
+    assert order == [(name, there) for name in names for there in (True, False)]
+    assert "1 slower, 0 faster" in capsys.readouterr().out
+
+
 def test_options_of_the_other_tree_are_this_ones():
     given = ["layer_norm", "--base", "HEAD~1", "--mode", "fwd", "--out=here", "--ops", "rms_norm"]
     assert command._without(given, "--base", "--ops", "--out") == ["layer_norm", "--mode", "fwd"]
 
 
-def test_what_is_counted_is_a_call():
-    call = overhead.call_of("layer_norm", "fastseq")
-    assert call()["output"].shape == (4, 64)
+def test_what_is_counted_is_a_call(monkeypatch, capsys):
+    for gradient in (False, True):
+        call = overhead.call_of("layer_norm", "fastseq", gradient)
+        assert call()["output"].shape == (4, 64)
+        assert call()["output"].requires_grad is gradient
+    monkeypatch.setattr(overhead, "_WALL_CALLS", 20)
+    monkeypatch.setattr(overhead, "ASKED", {"layer_norm": (1e6, 1e6), "rms_norm": (1e-3, 1e6)})
+    assert overhead.main(["--wall"]) == 0
+    assert overhead.main(["rms_norm", "--wall"]) == 1
+    assert "recorded" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         overhead.main(["no_such_operator"])
 

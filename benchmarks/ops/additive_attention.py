@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastseq.testing import OPERATORS, Problem
 
-from ..registry import Benchmark, Cost, Sizes, nbytes
+from ..registry import Benchmark, Cost, Sizes, asked, nbytes
 
 
 def _sizes(*shapes: tuple[int, int, int, int, int]) -> tuple[Sizes, ...]:
@@ -17,7 +17,7 @@ def _sizes(*shapes: tuple[int, int, int, int, int]) -> tuple[Sizes, ...]:
 _SWEEPS = {
     "smoke": _sizes((1, 4, 16, 16, 16), (2, 64, 64, 64, 64)),
     "cpu": _sizes((4, 1, 512, 256, 256), (1, 512, 512, 256, 256), (4, 256, 256, 256, 256)),
-    "gpu": _sizes((32, 1, 1024, 512, 512), (4, 512, 512, 256, 256), (16, 1024, 1024, 256, 256)),
+    "gpu": _sizes((32, 1, 1024, 512, 512), (4, 512, 512, 256, 256), (4, 1024, 1024, 256, 256)),
     "all": _sizes((2, 129, 257, 100, 60)),
 }
 
@@ -39,4 +39,6 @@ def _cost(problem: Problem, mode: str) -> Cost:
     return Cost(moved, 4 * elements) if mode == "fwd" else Cost(2 * moved, 12 * elements)
 
 
-BENCHMARKS = (Benchmark(OPERATORS["additive_attention"], _SWEEPS, _label, _cost),)
+_ASKED = asked(_sizes((1, 512, 512, 256, 256)), "inference", "bwd", memory=1 / 20, fp32=5.0)
+
+BENCHMARKS = (Benchmark(OPERATORS["additive_attention"], _SWEEPS, _label, _cost, asked=_ASKED),)

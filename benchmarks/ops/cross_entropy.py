@@ -6,7 +6,7 @@ from typing import Any
 
 from fastseq.testing import OPERATORS, Problem
 
-from ..registry import Benchmark, Cost, Provider, Sizes, nbytes
+from ..registry import Benchmark, Cost, Provider, Sizes, asked, nbytes
 
 
 def _sizes(*points: tuple[int, int]) -> tuple[Sizes, ...]:
@@ -98,7 +98,16 @@ def _linear_cost(problem: Problem, mode: str) -> Cost:
     return Cost(2 * tensors, 2 * flops, matmul=True)
 
 
+_ASKED = asked(_sizes((2048, 32000)), "fwd+bwd", memory=0.5, fp32=2.0, bf16=2.0)
+_LINEAR_ASKED = asked(_linear_sizes((4096, 512, 32000)), "fwd+bwd", memory=0.25, fp32=1.0)
+
 BENCHMARKS = (
-    Benchmark(OPERATORS["cross_entropy"], _SWEEPS, _label, _cost, _rivals),
-    Benchmark(OPERATORS["linear_cross_entropy"], _LINEAR_SWEEPS, _linear_label, _linear_cost),
+    Benchmark(OPERATORS["cross_entropy"], _SWEEPS, _label, _cost, _rivals, _ASKED),
+    Benchmark(
+        OPERATORS["linear_cross_entropy"],
+        _LINEAR_SWEEPS,
+        _linear_label,
+        _linear_cost,
+        asked=_LINEAR_ASKED,
+    ),
 )

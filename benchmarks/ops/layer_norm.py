@@ -6,17 +6,19 @@ from typing import Any
 
 from fastseq.testing import OPERATORS, Problem
 
-from ..registry import Benchmark, Cost, Provider, Sizes, nbytes
+from ..registry import Benchmark, Cost, Provider, Sizes, asked, nbytes
 
 
 def _sizes(*points: tuple[int, int]) -> tuple[Sizes, ...]:
     return tuple({"leading": (rows,), "normalized": (length,)} for rows, length in points)
 
 
+_LARGE = _sizes((32768, 256), (8192, 1024), (2048, 4096))
+
 # 4x64 is all overhead: Python, dispatch, allocation.
 _SWEEPS = {
     "smoke": _sizes((4, 64), (512, 256), (64, 4096)),
-    "cpu": _sizes((4, 64), (32768, 256), (8192, 1024), (2048, 4096)),
+    "cpu": (*_sizes((4, 64)), *_LARGE),
     "gpu": _sizes(
         (4, 64),
         (65536, 256),
@@ -116,7 +118,21 @@ _RIVALS = {
     "add_rms_norm": _add_rms_norm_rivals,
 }
 
+_ASKED = {
+    "layer_norm": (
+        *asked(_LARGE, "inference", fp32=1.0, bf16=2.0),
+        *asked(_LARGE, "bwd", fp32=1.1, bf16=2.5),
+    ),
+    "rms_norm": (
+        *asked(_LARGE, "inference", fp32=2.5, bf16=6.0),
+        *asked(_LARGE, "bwd", fp32=4.0, bf16=8.0),
+    ),
+    "add_layer_norm": asked(_LARGE, "fwd+bwd", fp32=1.3, bf16=2.0),
+}
+
 BENCHMARKS = tuple(
-    Benchmark(OPERATORS[name], _SWEEPS, _label, _cost, _RIVALS.get(name, tuple))
+    Benchmark(
+        OPERATORS[name], _SWEEPS, _label, _cost, _RIVALS.get(name, tuple), _ASKED.get(name, ())
+    )
     for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastseq.testing import OPERATORS, Problem
 
-from ..registry import Benchmark, Cost, Sizes, nbytes
+from ..registry import Benchmark, Cost, Sizes, asked, nbytes
 
 
 def _rows(*shapes: tuple[int, ...]) -> tuple[Sizes, ...]:
@@ -28,10 +28,14 @@ def _scores(*shapes: tuple[int, ...]) -> tuple[Sizes, ...]:
     return tuple(found)
 
 
+_LARGE = _rows((16384, 256), (4096, 1024), (1024, 4096))
+_LARGE_FIRST = _first((4096, 1024), (1024, 4096))
+_LARGE_MASKED = _scores((4, 8, 512, 512))
+
 # 4x64 is all overhead: Python, dispatch, allocation.
 _SWEEPS = {
     "smoke": _rows((4, 64), (512, 256), (64, 4096)),
-    "cpu": _rows((4, 64), (16384, 256), (4096, 1024), (1024, 4096)),
+    "cpu": (*_rows((4, 64)), *_LARGE),
     "gpu": _rows(
         (4, 64),
         (65536, 256),
@@ -46,13 +50,13 @@ _SWEEPS = {
 }
 _FIRST_SWEEPS = {
     "smoke": _first((64, 256)),
-    "cpu": _first((4096, 1024), (1024, 4096)),
+    "cpu": _LARGE_FIRST,
     "gpu": _first((128, 65536), (1024, 16384), (8192, 4096)),
     "all": _first((1023, 1023)),
 }
 _MASKED_SWEEPS = {
     "smoke": _scores((1, 2, 64, 64)),
-    "cpu": _scores((4, 8, 512, 512)),
+    "cpu": _LARGE_MASKED,
     "gpu": _scores((4, 16, 1024, 1024), (8, 16, 2048, 2048)),
     "all": _scores((2, 3, 127, 129)),
 }
@@ -74,8 +78,17 @@ def _cost(problem: Problem, mode: str) -> Cost:
     return Cost(nbytes(input) + 2 * nbytes(grad), 4 * grad.numel())
 
 
+_ASKED = {
+    "softmax": asked(_LARGE, "inference", fp32=1.2, bf16=2.0),
+    "softmax_dim0": (
+        *asked(_LARGE_FIRST, "inference", fp32=4.0, bf16=4.0),
+        *asked(_LARGE_FIRST, "bwd", fp32=3.0, bf16=3.0),
+    ),
+    "masked_softmax": asked(_LARGE_MASKED, "inference", "fwd+bwd", fp32=3.0, bf16=3.0),
+}
+
 BENCHMARKS = tuple(
-    Benchmark(OPERATORS[name], sweeps, _label, _cost)
+    Benchmark(OPERATORS[name], sweeps, _label, _cost, asked=_ASKED.get(name, ()))
     for name, sweeps in (
         ("softmax", _SWEEPS),
         ("softmax_dim0", _FIRST_SWEEPS),

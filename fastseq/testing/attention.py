@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import functional
 from ..random import keep_mask, keep_scale
@@ -286,13 +287,46 @@ def _sdpa(**arguments: Any) -> dict[str, Tensor]:
     return {"output": functional.scaled_dot_product_attention(**arguments)}
 
 
+#: fp64 scores beyond which the oracle goes head by head: 2 GiB.
+_MANY = 2**28
+
+
 def _torch_sdpa(**arguments: Any) -> dict[str, Tensor]:
     """By its fused kernel: where elements are apart torch has none, and takes 16 bits to fp32 for
     the whole, which is no yardstick for kernels with 16-bit products."""
     for name in ("query", "key", "value"):
         if arguments[name].stride(-1) != 1:
             arguments[name] = arguments[name].contiguous()
+    query, key = arguments["query"], arguments["key"]
+    scores = math.prod(query.shape[:3]) * key.shape[2]
+    plain = not arguments.get("enable_gqa") and not arguments.get("dropout_p")
+    if query.dtype == torch.float64 and scores > _MANY and query.dim() == 4 and plain:
+        return {"output": _head_by_head(**arguments)}
     return {"output": F.scaled_dot_product_attention(**arguments)}
+
+
+def _head_by_head(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Scaled dot-product attention with one head's scores in memory at a time, backward too."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+
+    def one(*tensors: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(*tensors, **options)  # type: ignore[arg-type]
+
+    def of_batch(b: int) -> list[Tensor]:
+        return [
+            checkpoint(
+                one,
+                *(t[b : b + 1, h : h + 1] for t in (query, key, value)),
+                None if attn_mask is None else attn_mask[b : b + 1, h : h + 1],
+                use_reentrant=False,
+            )
+            for h in range(query.shape[1])
+        ]
+
+    return torch.cat([torch.cat(of_batch(b), 1) for b in range(query.shape[0])])
 
 
 # --- cases ---------------------------------------------------------------------------------------
