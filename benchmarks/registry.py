@@ -101,6 +101,7 @@ class Benchmark:
         rivals: third-party providers; called once, returns those that can be imported.
         asked: what is to be reached on a CPU with one thread and with two, memory reused.
         baseline: torch's own function where it is not the one that defines what is right.
+        slow: a call takes seconds on a CPU: what is asked of it comes after the others'.
         modes: those of :data:`MODES` that the operator has; without gradients, inference.
     """
 
@@ -111,6 +112,7 @@ class Benchmark:
     rivals: Callable[[], tuple[Provider, ...]] = field(default=tuple)
     asked: tuple[Asked, ...] = ()
     baseline: Callable[[Sizes], Function | None] = lambda sizes: None
+    slow: bool = False
     modes: tuple[str, ...] = MODES
 
     def cost_of(self, problem: Problem, mode: str) -> Cost:

@@ -380,6 +380,13 @@ def test_what_is_asked_comes_first_and_is_shown_beside_what_is_seen(monkeypatch,
     )
 
 
+def test_what_is_asked_of_slow_operators_comes_last():
+    asked = sweep(benchmarks_of(), "cpu", "cpu", None, ["reused"], MODES)[0]
+    slow = [point.benchmark.slow for point in asked]
+    assert slow == sorted(slow)
+    assert {"attention", "linear_cross_entropy"} <= {p.name for p in asked if p.benchmark.slow}
+
+
 def test_what_is_asked_can_be_measured():
     """The times beside which others are asked are asked for themselves, so that they are there."""
     count = 0

@@ -41,4 +41,6 @@ def _cost(problem: Problem, mode: str) -> Cost:
 
 _ASKED = asked(_sizes((1, 512, 512, 256, 256)), "inference", "bwd", memory=1 / 20, fp32=5.0)
 
-BENCHMARKS = (Benchmark(OPERATORS["additive_attention"], _SWEEPS, _label, _cost, asked=_ASKED),)
+BENCHMARKS = (
+    Benchmark(OPERATORS["additive_attention"], _SWEEPS, _label, _cost, asked=_ASKED, slow=True),
+)

@@ -236,11 +236,31 @@ _HARD_ASKED = asked(_DROPOUT, "fwd+bwd", memory=1 / 8, fp32=1.5, bf16=1.5)
 
 BENCHMARKS = (
     Benchmark(
-        OPERATORS["scaled_dot_product_attention"], _SWEEPS, _label, _cost, _flash_attention, _ASKED
+        OPERATORS["scaled_dot_product_attention"],
+        _SWEEPS,
+        _label,
+        _cost,
+        _flash_attention,
+        _ASKED,
+        slow=True,
     ),
-    Benchmark(OPERATORS["attention"], _HARD, _label, _cost, asked=_HARD_ASKED, baseline=_fused),
     Benchmark(
-        OPERATORS["attention_bias"], _BIASED, _label, _cost, asked=_BIAS_ASKED, baseline=_fused
+        OPERATORS["attention"],
+        _HARD,
+        _label,
+        _cost,
+        asked=_HARD_ASKED,
+        baseline=_fused,
+        slow=True,
+    ),
+    Benchmark(
+        OPERATORS["attention_bias"],
+        _BIASED,
+        _label,
+        _cost,
+        asked=_BIAS_ASKED,
+        baseline=_fused,
+        slow=True,
     ),
     append_to_cache.BENCHMARK,
 )

@@ -109,5 +109,6 @@ BENCHMARKS = (
         _linear_label,
         _linear_cost,
         asked=_LINEAR_ASKED,
+        slow=True,
     ),
 )
