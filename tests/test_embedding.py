@@ -179,6 +179,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: embed(segments=IDS), RuntimeError, "segments needs segment_table"),
     (lambda: embed(segment_table=SEGMENT), RuntimeError, "segment_table needs segments"),
     (lambda: embed(token_table=TOKEN[0]), RuntimeError, r"token_table must be \[rows, D\]"),
+    (lambda: embed(token_table=TOKEN[0, 0]), RuntimeError, r"token_table must be \[rows, D\]"),
     (lambda: embed(token_table=TOKEN.long()), RuntimeError, "token_table must be fp32"),
     (lambda: embed(position_table=POSITION[:, 1:]), RuntimeError, r"\[rows, 3\], got \[6, 2\]"),
     (lambda: embed(position_table=POSITION.half()), RuntimeError, "position_table.*float16"),
@@ -197,6 +198,12 @@ def test_bad_input(
 ) -> None:
     with fastseq.use_backend(backend), pytest.raises(error, match=message):
         call()
+
+
+def test_an_empty_table_has_no_rows_to_read() -> None:
+    """Nor has it an address: the kernel took it for a table that was not given."""
+    with fastseq.use_backend("cpu"), pytest.raises(IndexError, match=r"ids must be in \[0, 0\)"):
+        embed(token_table=TOKEN[:0])
 
 
 # --- the module ----------------------------------------------------------------------------------

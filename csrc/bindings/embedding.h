@@ -42,7 +42,8 @@ std::tuple<Tensor, int64_t, int64_t> embedding_forward_cpu(
   const Tensor output = empty(sizes, token.scalar_type(), token);
   int64_t number = 0;
   for (const EmbeddingTable* table : {&problem.token, &problem.position, &problem.segment}) {
-    const int64_t bad = table->data == nullptr ? -1 : first_bad_key(*table);
+    if (number == 2 && !segment) break;
+    const int64_t bad = first_bad_key(*table);
     if (bad >= 0) return {output, number, bad};
     ++number;
   }

@@ -159,7 +159,7 @@ def _validate(tables: tuple[Tensor, Tensor, Tensor | None], keys: _Three, offset
         raise RuntimeError(
             f"{_NAME}: token_table must be fp32, fp64, fp16 or bf16, got {token.dtype}"
         )
-    size = token.shape[-1]
+    size = token.shape[-1] if token.dim() else 0
     for role, table in (("token", token), ("position", position), ("segment", segment)):
         if table is None:
             continue
