@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,13 +127,16 @@ class BuildExtension(build_ext):
         """Runs a command, unless its object is newer than every file it was made from."""
         listed, made_by = output.with_suffix(".d"), output.with_suffix(".command")
         command = [*command, "-MMD", "-MF", str(listed), "-o", str(output)]
-        if output.exists() and made_by.exists() and made_by.read_text() == " ".join(command):
-            files = listed.read_text().replace("\\\n", " ").split()[1:]
+        whole = output.exists() and listed.exists() and made_by.exists()
+        if whole and made_by.read_text() == " ".join(command):
+            files = listed.read_text().replace("\\\n", " ").partition(": ")[2].split()
             made = output.stat().st_mtime
             if all(Path(ROOT, f).exists() and Path(ROOT, f).stat().st_mtime < made for f in files):
                 return
         made_by.unlink(missing_ok=True)
+        started = time.time()
         self.run_tool(command)
+        os.utime(output, (started, started))  # a file saved since then may have been read before
         made_by.write_text(" ".join(command))
 
     def run_tool(self, command):
