@@ -246,6 +246,36 @@ def test_threads_that_share_one_row_change_no_bit(kind: str, dtype: torch.dtype)
         assert all(map(torch.equal, results[0], others))
 
 
+def test_second_derivatives_where_a_result_depends_on_no_parameter() -> None:
+    """The cell of the first step comes before the projection."""
+    layer = nn.LSTM(4, 6, proj_size=3)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("weight_hr" in name)
+    with fastseq.use_backend("cpu"):
+        output, (_, c_n) = layer(torch.randn(1, 2, 4))
+    for total, depends in ((c_n.sum(), False), (c_n.sum() + output.sum(), True)):
+        (grad,) = torch.autograd.grad(
+            total, [layer.weight_hr_l0], create_graph=True, allow_unused=True, retain_graph=True
+        )
+        assert (grad is not None) == depends
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_backward_within_autocast(kind: str) -> None:
+    """Which would round some operands of a product and not the others."""
+    layer, x = getattr(nn, kind)(8, 8), torch.randn(5, 3, 8)
+    grads = []
+    for enabled in (False, True):
+        for small in (0, 1 << 23):
+            with pytest.MonkeyPatch.context() as patch, fastseq.use_backend("cpu"):
+                patch.setattr(recurrent_layer, "_SMALL", small)
+                total = layer(x)[0].sum()
+                with torch.autocast("cpu", enabled=enabled):
+                    grads.append(torch.autograd.grad(total, list(layer.parameters())))
+    for others in grads[1:]:
+        torch.testing.assert_close(others, grads[0])
+
+
 # --- the products around the loop ----------------------------------------------------------------
 
 

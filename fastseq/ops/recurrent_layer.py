@@ -205,6 +205,10 @@ def _gradients(
 
     A bias that is added to the input's gates has the gradient of the other one.
     """
+    device = gates_x.device.type
+    if torch.is_autocast_enabled(device):  # around backward(): some operands would be cast
+        with torch.autocast(device, enabled=False):
+            return _gradients(gates_x, gates_h, rows, layer, output, options, needs)
     x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
     shared = options.kind != "gru" and layer.norm_hh is None
     bias_ih = needs[5] or (shared and needs[6])
@@ -293,8 +297,15 @@ def _differentiable(
     viewed: list[Any] = [None if t is None else t.view_as(t) for t in layer]
     aliases = Layer(*viewed)
     results = layer_by_reference(aliases, options)
-    pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None and o.numel()]
+    # Of a single step the cells do not depend on all parameters.
+    pairs = [
+        (o, g)
+        for o, g in zip(results, grads, strict=True)
+        if g is not None and o.numel() and o.requires_grad
+    ]
     inputs = list(zip(aliases[:_INPUTS], needs, strict=False))
+    if not pairs:
+        return (None,) * _INPUTS
     found = iter(
         torch.autograd.grad(
             [output for output, _ in pairs],
