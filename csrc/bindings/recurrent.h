@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "../cpu/instruction_set.h"
@@ -87,6 +88,10 @@ void fill_layer(Recurrent& problem, const Given& given, int64_t steps, int64_t h
 // of an EPYC: 128 steps of 128 units take 0.65 of the time, 24 steps 1.5, 24 of 256 units 0.65.
 constexpr int64_t kTeamStep = 1 << 15, kTeamWork = 1 << 22;
 
+// Calls that have no team after one whose threads waited for each other: cores are short.
+constexpr int kCallsAlone = 64;
+std::atomic<int> calls_alone{0};
+
 // Packs the weights, if there are any, and has the rows run: rows(begin, end) by ranges, or all of
 // them by a team.
 template <class Rows, class Members>
@@ -107,15 +112,22 @@ void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Rows r
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t most = std::min(threads, kernels.most_members(problem, backward));
     if (most > 1 && problem.batch < threads && problem.batch > 0 && problem.steps > 1 &&
-        problem.batch * gates * problem.state >= kTeamStep && problem.batch * work >= kTeamWork) {
+        problem.batch * gates * problem.state >= kTeamStep && problem.batch * work >= kTeamWork &&
+        calls_alone.fetch_sub(1, std::memory_order_relaxed) <= 0) {
+      calls_alone.store(0, std::memory_order_relaxed);
       const int64_t bytes = kernels.team_bytes(problem, backward);
       const Tensor scratch = empty({bytes + 64}, ScalarType::Char, like);
       std::memset(scratch.data_ptr(), 0, static_cast<size_t>(bytes + 64));
       Meeting meeting;
+      // A step's share, at a nanosecond each where the weights come from memory; and a wake-up.
+      const int64_t patience = problem.batch * gates * problem.state / most + 100000;
       torch::stable::parallel_for(0, most, 1, [&](int64_t begin, int64_t end) {
-        Team team{begin, end, most, &meeting, aligned(scratch)};
+        Team team{begin, end, most, &meeting, aligned(scratch), patience};
         if (team.gather()) members(team);
       });
+      // (One range, of a pool without threads to spare, did not gather.)
+      if (meeting.state != 0 && !meeting.was_quick())
+        calls_alone.store(kCallsAlone, std::memory_order_relaxed);
       return;
     }
   }

@@ -17,11 +17,11 @@ struct BackwardRows {
   static constexpr bool kLstm = kCell == Cell::lstm;
 
   const RecurrentBackward& a;
-  const Team& team;
+  Team team;
   const Weights<T> weights;
   const int64_t begin, rows, H, P;
   const int64_t pitch, gate_pitch;
-  const int64_t from, to, to_state;  // this thread's units, and elements of the state
+  int64_t from, to, to_state;  // this thread's units, and elements of the state
   Active active;
   // Gradients of the rows at hand: of h and c, as they come from the step after; of h as a step
   // made it; of what was projected; of h beside the recurrent product; of the gates and of that
@@ -88,7 +88,8 @@ struct BackwardRows {
     if (a.grad_rows != nullptr)
       std::memset(static_cast<T*>(a.grad_rows) + begin * row_sums_size(), 0,
                   static_cast<size_t>(rows * row_sums_size()) * sizeof(T));
-    for (int64_t n = a.steps - 1; n >= 0; --n) step(n, a.reverse ? a.steps - 1 - n : n);
+    for (int64_t n = a.steps - 1; n >= 0; --n)
+      if (!step(n, a.reverse ? a.steps - 1 - n : n)) return;
     for (int64_t i = 0; i < rows; ++i) {
       write(a.grad_h0, (begin + i) * P + from, h + i * pitch + from, to_state - from);
       if (kLstm) write(a.grad_c0, (begin + i) * H + from, c + i * pitch + from, to - from);
@@ -102,7 +103,8 @@ struct BackwardRows {
       store_some<T>(at(data, element) + u, load(source + u), n - u);
   }
 
-  void step(int64_t n, int64_t t) {
+  // False: the others do the rest.
+  bool step(int64_t n, int64_t t) {
     const bool odd = n % 2 == 1;
     active.select(a.lengths, t, rows, [&](int64_t i) {
       if (team.is_first()) clear(t, i);
@@ -112,7 +114,8 @@ struct BackwardRows {
       multiply_tiles(weights.projection, 0, weights.projection.tiles, weights.packed_projection,
                      active.count, active.index, made, pitch, odd, unprojected, [](int64_t) {});
     for (int64_t k = 0; k < active.count; ++k) units(odd, t, active.index[k]);
-    team.meet();
+    if (!team.meet()) return false;
+    if (team.is_alone()) to = H, to_state = P;
     const bool is_cut = a.bptt > 0 && n > 0 && n % a.bptt == 0;
     if (a.weight_hh != nullptr && !is_cut) {
       const T* operand = gates[odd];
@@ -126,6 +129,7 @@ struct BackwardRows {
                      active.count, active.index, operand, operand_pitch, odd, back, [](int64_t) {});
     }
     for (int64_t k = 0; k < active.count; ++k) leave(active.index[k], is_cut);
+    return true;
   }
 
   void clear(int64_t t, int64_t i) {

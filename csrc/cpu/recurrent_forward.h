@@ -14,7 +14,7 @@ struct ForwardRows {
   static constexpr bool kLstm = kCell == Cell::lstm;
 
   const RecurrentForward& a;
-  const Team& team;
+  Team team;
   const Weights<T> weights;
   const int64_t begin, rows, H, P;
   const int64_t pitch, gate_pitch, row_pitch;  // of states, of a gate in gates, of gates
@@ -67,10 +67,10 @@ struct ForwardRows {
       if (a.keep != nullptr) set_operand(i);
       if (low != nullptr) write(low, i * pitch, h + i * pitch, P);
     }
-    team.meet();
+    if (!team.meet()) return;
     for (int64_t n = 0; n < a.steps; ++n) {
       step(n, a.reverse ? a.steps - 1 - n : n);
-      team.meet();
+      if (!team.meet()) return;
       swap(h, next);
       swap(low, next_low);
       for (int64_t m = 0; m < active.count && a.keep != nullptr; ++m) set_operand(active.index[m]);
