@@ -223,6 +223,18 @@ def test_it_is_torchs_module() -> None:
     assert type(fastseq.restore(model)[0]) is nn.MultiheadAttention
 
 
+def test_one_tensor_as_query_key_and_value_compiles_whole() -> None:
+    """The compiler takes no tensor twice for one node."""
+    x = torch.randn(1, 2, 5, 4, requires_grad=True)
+
+    def attend(x: Tensor) -> Tensor:
+        return fastseq.functional.attention(x, x, x, causal=True)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = [(y, *torch.autograd.grad(y.sum(), x)) for y in (compiled(x), attend(x))]
+    torch.testing.assert_close(*results)
+
+
 def test_compiles_whole() -> None:
     torch._dynamo.reset()
     ours, _ = pair(batch_first=True)
