@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastseq
-from fastseq import functional
+from fastseq import functional, nn
 from fastseq.backends import NAMES, BackendError, recorded
 from fastseq.ops._op import REGISTRY
 from fastseq.testing import OPERATORS, Operator, Problem, make_problem, run
@@ -174,6 +174,26 @@ def test_meta_and_fake_tensors_run_no_kernel() -> None:
     with recorded() as decisions:
         output = functional.layer_norm(torch.empty(3, 8, device="meta"), (8,))
     assert (output.device.type, output.shape, decisions) == ("meta", (3, 8), [])
+
+
+def test_forward_and_backward_on_the_meta_device() -> None:
+    """Whose autocast torch refuses to be asked of."""
+    with torch.device("meta"):
+        x = torch.empty(6, 2, 8, requires_grad=True)
+        target = torch.empty(6, dtype=torch.int64)
+        matrix, weight = torch.empty(8, 8), torch.empty(8)
+        results = [
+            *(getattr(nn, kind)(8, 5)(x)[0] for kind in ("LSTM", "GRU", "LayerNormLSTM")),
+            nn.GRUCell(8, 5)(x[0]),
+            functional.feed_forward(x, matrix, None, matrix, None),
+            functional.additive_attention(x, x, x, weight),
+            functional.cross_entropy(x[:, 0], target),
+            functional.linear_cross_entropy(x[:, 0], matrix, target),
+        ]
+        assert all(result.is_meta for result in results)
+        for result in results:
+            (grad,) = torch.autograd.grad(result.sum(), x)
+            assert grad.shape == x.shape
 
 
 def test_every_op_has_a_reference_that_takes_everything() -> None:

@@ -50,6 +50,11 @@ def records_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is at work for the tensor's device. The meta device has none to ask."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast_to_fp32(tensor: Tensor) -> bool:
     """Whether CUDA's autocast runs fp32 ops on this tensor: norms, softmax and losses are such.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import current_backend, note
 from ..ops.additive_attention import AdditiveAttentionFunction, forward_op
 from ..reference import additive_attention as reference
-from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient
+from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient, under_autocast
 
 
 def additive_attention(
@@ -50,7 +50,7 @@ def additive_attention(
     """
     name = "additive_attention"
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if under_autocast(query) and query.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return additive_attention(

@@ -14,7 +14,7 @@ from ..backends import current_backend, note
 from ..ops.cross_entropy import REDUCTIONS, CrossEntropyFunction, forward_op
 from ..reference import cross_entropy as reference
 from ..reference.layer_norm import compute_dtype
-from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient
+from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient, under_autocast
 
 
 @overload
@@ -280,7 +280,7 @@ def _composed(
 def _loss_dtype(logits: Tensor) -> torch.dtype:
     """The logits' dtype; under autocast fp32, on the CPU too (unlike norms and softmax)."""
     if logits.dtype in (torch.float16, torch.bfloat16):
-        return torch.float32 if torch.is_autocast_enabled(logits.device.type) else logits.dtype
+        return torch.float32 if under_autocast(logits) else logits.dtype
     return logits.dtype
 
 

@@ -11,7 +11,7 @@ from ..ops.feed_forward import FeedForwardFunction, first_half
 from ..random import draw_seed
 from ..reference import feed_forward as reference
 from ..reference.feed_forward import ACTIVATIONS
-from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient
+from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient, under_autocast
 
 
 def feed_forward(
@@ -71,7 +71,7 @@ def feed_forward(
         note("feed_forward", "torch", "a tensor subclass, layout or trace that torch must handle")
         return _by_torch(*tensors, activation, dropout_p)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if under_autocast(input) and input.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         input, weight1, weight2 = input.to(half), weight1.to(half), weight2.to(half)
         bias1, bias2 = (None if bias is None else bias.to(half) for bias in (bias1, bias2))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import note
 from ..ops.cross_entropy import REDUCTIONS
 from ..ops.linear_cross_entropy import LinearCrossEntropyFunction, forward_op, plain
-from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient
+from ._dispatch import FLOATING, is_foreign, is_transformed, records_gradient, under_autocast
 from .cross_entropy import _loss_dtype, _validate, _validated_extras, cross_entropy
 
 
@@ -95,7 +95,7 @@ def linear_cross_entropy(
         return loss.unflatten(0, tokens) if loss.dim() and len(tokens) > 1 else loss
 
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if under_autocast(input) and input.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(half), linear_weight.to(half)
         linear_bias = None if linear_bias is None else linear_bias.to(half)

@@ -18,7 +18,7 @@ from ..ops.recurrent_bidirectional import RecurrentBidirectionalFunction, forwar
 from ..ops.recurrent_layer import Layer, RecurrentFunction, forward_layer, layer_by_reference
 from ..random import draw_seed, keep_mask, keep_scale
 from ..reference.recurrent import GATES, Options
-from ._dispatch import is_foreign, is_transformed, records_gradient
+from ._dispatch import is_foreign, is_transformed, records_gradient, under_autocast
 from ._recurrent_checks import check_call, check_tensors
 from .layer_norm import layer_norm as _layer_norm
 
@@ -227,7 +227,7 @@ def _recurrent(
         note(name, "torch", "a tensor subclass, layout or trace that torch must handle")
         return _by_torch(kind, input, states, params, shape)
     check_call(name, kind, input, states, params, shape, extras)
-    if torch.is_autocast_enabled(data.device.type) and data.dtype != torch.float64:
+    if under_autocast(data) and data.dtype != torch.float64:
         if plain:
             note(name, "torch", "under autocast torch decides the dtypes")
             return _by_torch(kind, input, states, params, shape)

@@ -13,7 +13,7 @@ from ..backends import current_backend, note
 from ..ops.recurrent_cell import RecurrentCellFunction, forward_op
 from ..reference import recurrent as reference
 from ..reference.recurrent import GATES
-from ._dispatch import is_foreign, is_transformed, records_gradient
+from ._dispatch import is_foreign, is_transformed, records_gradient, under_autocast
 from ._recurrent_checks import check_tensors
 
 
@@ -97,7 +97,7 @@ def _cell(
 
     if is_foreign(*tensors):
         return by_torch("a tensor subclass, layout or trace that torch must handle")
-    if torch.is_autocast_enabled(input.device.type):
+    if under_autocast(input):
         return by_torch("under autocast torch decides the dtypes")
     _check_shapes(name, kind, input, states, weights)
     check_tensors(name, tensors)

@@ -62,7 +62,7 @@ class AdaptedNorm(nn.Module):
         recipe = self.recipe
         weight: Tensor | None = getattr(self, "weight", None)
         output_dtype = self.results.get((input.dtype, (input if weight is None else weight).dtype))
-        under_autocast = torch.is_autocast_enabled(input.device.type)
+        under_autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
         if output_dtype is None or (recipe.autocast == MIXED and under_autocast):
             return cast(Tensor, self.original.forward(self, input))
         if output_dtype.itemsize > input.dtype.itemsize:

@@ -206,7 +206,8 @@ def _gradients(
     A bias that is added to the input's gates has the gradient of the other one.
     """
     device = gates_x.device.type
-    if torch.is_autocast_enabled(device):  # around backward(): some operands would be cast
+    # Around the caller's backward() it would cast some operands of a product and not the others.
+    if not gates_x.is_meta and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _gradients(gates_x, gates_h, rows, layer, output, options, needs)
     x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
