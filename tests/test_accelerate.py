@@ -222,10 +222,14 @@ def test_backend_unknown_or_unable(model, monkeypatch):
 
 
 def test_drop_in_classes_add_no_state():
-    # What makes the swap right: one base, the same layout, and no constructor of its own (but for
-    # those that only swap what they contain, as accelerate does one by one).
+    # What makes the swap right: torch's class with methods added, the same layout, no constructor
+    # of its own (but for those that only swap what they contain, as accelerate does one by one).
     for theirs, ours in fastseq.nn.DROP_IN.items():
-        assert ours.__bases__ == (theirs,)
+        *mixins, base = ours.__bases__
+        assert base is theirs
+        for mixin in mixins:
+            assert mixin.__bases__ == (object,)
+            assert not {"__init__", "__slots__"} & vars(mixin).keys()
         assert "__init__" not in vars(ours) or ours.__module__ == "fastseq.nn.transformer"
         assert "__slots__" not in vars(ours)
         assert ours.__module__.startswith("fastseq.nn")

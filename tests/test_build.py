@@ -13,6 +13,9 @@ from types import SimpleNamespace
 import pytest
 import setuptools
 
+from fastseq import _extension
+from fastseq.ops._op import extension_op
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -65,3 +68,9 @@ def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.Monke
     header.unlink()
     with pytest.raises(SystemExit, match="No such file"):
         compiled("-O1")
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
+def test_an_extension_of_yesterday_says_what_to_do() -> None:
+    with pytest.raises(ImportError, match=r"older than .* no op_of_tomorrow\. Build it again"):
+        extension_op("op_of_tomorrow")

@@ -62,6 +62,11 @@ def extension_op(name: str) -> Callable[..., Any]:
     """The C++ op ``fastseq_C::name``; one that must not be called where there is no extension."""
     if _extension.UNAVAILABLE:
         return _no_extension
+    if not hasattr(torch.ops.fastseq_C, name):  # after a pull, most of the time
+        raise ImportError(
+            f"fastseq._C is older than fastseq's Python files: it has no {name}. Build it again "
+            "(make, or pip install --no-build-isolation -e .)"
+        )
     # _op: the bound C function under OpOverload.__call__, which only forwards to it.
     op: Callable[..., Any] = getattr(torch.ops.fastseq_C, name).default._op
     return op
