@@ -32,8 +32,9 @@ struct Causal {
 
 struct SoftmaxForward {
   // outer * inner vectors of length elements each. With inner = 1 they are rows of Rows; else they
-  // are columns, and Rows has outer * length rows of inner elements.
-  int64_t outer = 0, length = 0, inner = 1;
+  // are columns, and Rows has outer * length rows of inner elements. On a CPU a task is a row, or
+  // so many columns that lie side by side.
+  int64_t outer = 0, length = 0, inner = 1, columns = 1;
   bool log = false;
   Rows input, output;
   bool masked = false;  // with inner = 1 only
@@ -48,7 +49,7 @@ struct SoftmaxForward {
 //                part, whatever its gradient
 //   log_softmax  grad_input = grad - exp(y) * sum(grad)
 struct SoftmaxBackward {
-  int64_t outer = 0, length = 0, inner = 1;
+  int64_t outer = 0, length = 0, inner = 1, columns = 1;
   bool log = false, masked = false;
   double scale = 1;
   Rows grad_output, output, grad_input;

@@ -7,12 +7,18 @@
 namespace fastseq {
 namespace {
 
-// Runs a kernel on all tasks of a problem.
+// Runs a kernel on all tasks of a problem. Wide tasks read memory best, but every thread wants one.
 template <class Problem>
-void run_softmax(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem) {
-  const int64_t columns = problem.inner > 1 ? instruction_set().softmax->columns : 1;
+void run_softmax(void (*kernel)(const Problem&, int64_t, int64_t), Problem& problem) {
+  if (problem.inner > 1) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t outer = std::max<int64_t>(problem.outer, 1), parts = (threads - 1) / outer + 1;
+    const int64_t share = ((problem.inner + parts - 1) / parts + 63) / 64 * 64;
+    problem.columns = std::min(instruction_set().softmax->most_columns, share);
+  }
+  const int64_t columns = problem.columns;
   const int64_t tasks = problem.outer * ((problem.inner + columns - 1) / columns);
-  parallel(tasks, grain(problem.length * (problem.inner < columns ? problem.inner : columns)),
+  parallel(tasks, grain(problem.length * std::min(problem.inner, columns)),
            [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
 

@@ -7,7 +7,7 @@
 namespace fastseq {
 
 struct SoftmaxCpu {
-  int64_t columns;  // a task is a row, or where inner > 1 so many columns that lie side by side
+  int64_t most_columns;  // of a task
   void (*forward)(const SoftmaxForward& args, int64_t begin, int64_t end);
   void (*backward)(const SoftmaxBackward& args, int64_t begin, int64_t end);
 };

@@ -23,7 +23,7 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-constexpr int64_t kSlab = 512;  // columns of a task
+constexpr int64_t kSlab = 512;  // columns of a task at most
 constexpr int kGroup = 8;       // rows of which each has a vector in a register
 constexpr int64_t kBefore = 4;  // rows to look back while the last are written first
 
@@ -71,11 +71,11 @@ struct Slab {
 
 // Runs solve on the slabs of the tasks [begin, end).
 template <class Solve>
-void for_slabs(int64_t inner, int64_t begin, int64_t end, Solve solve) {
-  const int64_t slabs = (inner + kSlab - 1) / kSlab;
+void for_slabs(int64_t inner, int64_t columns, int64_t begin, int64_t end, Solve solve) {
+  const int64_t slabs = (inner + columns - 1) / columns;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % slabs * kSlab;
-    solve(Slab{task / slabs, first, inner - first < kSlab ? inner - first : kSlab});
+    const int64_t first = task % slabs * columns;
+    solve(Slab{task / slabs, first, inner - first < columns ? inner - first : columns});
   }
   fence();
 }
@@ -170,7 +170,7 @@ void forward_columns(const SoftmaxForward& args, int64_t begin, int64_t end) {
   with_types<T>(args.input.dtype, args.output.dtype, [&](auto* from, auto* to) {
     using M = std::remove_pointer_t<decltype(from)>;
     using Out = std::remove_pointer_t<decltype(to)>;
-    for_slabs(args.inner, begin, end, [&](const Slab& slab) {
+    for_slabs(args.inner, args.columns, begin, end, [&](const Slab& slab) {
       forward_slab<T, M, Out, Log, sizeof(M) == 2 && sizeof(Out) == 2>(args, slab);
     });
   });
@@ -206,7 +206,7 @@ void backward_columns(const SoftmaxBackward& args, int64_t begin, int64_t end) {
   with_types<T>(args.output.dtype, args.grad_input.dtype, [&](auto* from, auto* to) {
     using M = std::remove_pointer_t<decltype(from)>;
     using Out = std::remove_pointer_t<decltype(to)>;
-    for_slabs(args.inner, begin, end,
+    for_slabs(args.inner, args.columns, begin, end,
               [&](const Slab& slab) { backward_slab<T, M, Out, K>(args, slab); });
   });
 }
