@@ -25,7 +25,7 @@ using torch::headeronly::ScalarType;
 // constant: what the system reports is a socket's cache, and in virtual machines often not even
 // that.
 bool past_cache(const Tensor& tensor) {
-  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= 16 << 20;
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= 8 << 20;
 }
 
 // [0, count) in ranges of at least grain on torch's threads; a small problem on this one.
