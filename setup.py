@@ -5,6 +5,7 @@ called directly, because torch's own CUDAExtension refuses under a CPU build of 
 
 FASTSEQ_CPP=0         build no extension: pure Python, kernels by Triton and torch
 FASTSEQ_CUDA=0        leave the CUDA kernels out
+FASTSEQ_NATIVE=1      CPU kernels for this machine's instruction set alone, in a third of the time
 FASTSEQ_SANITIZE=1    build with address and undefined-behaviour sanitizers (see `make sanitize`)
 FASTSEQ_CUDA_ARCHS    architectures to build, default "80 90a 100" (and PTX of the last)
 """
@@ -37,6 +38,16 @@ if platform.machine() == "x86_64":
     AVX512 += ["-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512}
     INSTRUCTION_SETS |= {"avx512_bf16": [*AVX512, "-mavx512bf16"]}
+NATIVE = os.environ.get("FASTSEQ_NATIVE") == "1" and shutil.which(CXX) is not None
+if NATIVE:
+    command = [CXX, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    wanted = {
+        name: {f"__{flag[2:].upper()}__" for flag in flags if flag.startswith(("-mavx", "-mf"))}
+        for name, flags in INSTRUCTION_SETS.items()
+    }
+    widest = [name for name, macros in wanted.items() if macros <= {*known}][-1]
+    INSTRUCTION_SETS = {widest: INSTRUCTION_SETS[widest]}
 # csrc/cpu/<family>.cpp, what takes the compiler longest first.
 CPU_KERNELS = [
     "recurrent",
@@ -87,6 +98,10 @@ class BuildExtension(build_ext):
         commands = {"bindings": [*host, *binding_flags, "-c", "csrc/bindings.cpp"]}
         for name in ("scratch", "instruction_set"):
             commands[name] = [*host, "-c", f"csrc/cpu/{name}.cpp"]
+        if NATIVE:
+            commands["instruction_set"] += [
+                f"-DFASTSEQ_ONLY_ISA={name}" for name in INSTRUCTION_SETS
+            ]
         # No -ffast-math: NaN and Inf must come through. These two only drop errno and FP traps.
         math = ["-fno-math-errno", "-fno-trapping-math"]
         exact = ["-ffp-contract=off"]

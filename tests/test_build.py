@@ -71,6 +71,14 @@ def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
+def test_a_build_for_this_machine_has_what_it_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("FASTSEQ_NATIVE", "1")
+    built = runpy.run_path(str(ROOT / "setup.py"))["INSTRUCTION_SETS"]
+    assert list(built) == [_extension.cpu_instruction_set()]
+
+
+@pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
 def test_an_extension_of_yesterday_says_what_to_do() -> None:
     with pytest.raises(ImportError, match=r"older than .* no op_of_tomorrow\. Build it again"):
         extension_op("op_of_tomorrow")

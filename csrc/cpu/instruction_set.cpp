@@ -10,10 +10,14 @@
         &isa::rotary_embedding, &isa::attention, &isa::recurrent, &isa::feed_forward,     \
         &isa::embedding                                                                   \
   }
+#define FASTSEQ_KERNELS_OF(isa) FASTSEQ_KERNELS(isa)  // of a macro's value
 
 namespace fastseq {
 
 const InstructionSet& instruction_set() {
+#if defined(FASTSEQ_ONLY_ISA)  // built for one machine
+  static const InstructionSet chosen = FASTSEQ_KERNELS_OF(FASTSEQ_ONLY_ISA);
+#else
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("FASTSEQ_CPU_ISA");
     const std::string asked = variable == nullptr ? "" : variable;
@@ -29,6 +33,7 @@ const InstructionSet& instruction_set() {
 #endif
     return FASTSEQ_KERNELS(generic);
   }();
+#endif
   return chosen;
 }
 
