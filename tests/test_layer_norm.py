@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -452,3 +453,23 @@ def test_add_modules(name: str) -> None:
     assert torch.equal(stream, x.float() + r.float())
     expected = base(stream)
     torch.testing.assert_close(output.float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_rows_of_any_kind_beside_each_other_in_bf16() -> None:
+    """Whether a row's moments can be had in one sweep is decided for each row alone."""
+    x = torch.randn(8, 1000).bfloat16()
+    x[1] += 300  # E[x^2] - E[x]^2 would cancel
+    x[2] = 7
+    x[3] = 0
+    x[4] *= 1e18
+    x[5] *= 1e-30
+    x[6, 3], x[7, 2] = math.nan, math.inf
+    with fastseq.use_backend("cpu"):
+        found = functional.layer_norm(x, (1000,))
+        alone = torch.cat([functional.layer_norm(row[None], (1000,)) for row in x])
+    torch.testing.assert_close(found, alone, rtol=0, atol=0, equal_nan=True)
+    assert found[6:].isnan().any(1).all()
+    for row in (0, 1, 2, 3, 5):
+        truth = F.layer_norm(x[row].double(), (1000,))
+        theirs = F.layer_norm(x[row], (1000,))
+        assert (found[row] - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6

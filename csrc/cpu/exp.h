@@ -55,6 +55,18 @@ inline T horizontal_maximum(typename Simd<T>::V v) {
   return HalvingMaximum<T, FASTSEQ_VECTOR_BYTES>::of(v);
 }
 
+// power * 2^n for e^x, where shifted has n in its low bits. Without AVX-512 it is 0 below e^-87.3.
+inline F32x times_two_to([[maybe_unused]] F32x n, [[maybe_unused]] F32x shifted, F32x power,
+                         [[maybe_unused]] F32x x) {
+#if defined(__AVX512F__)
+  return bit_cast<F32x>(
+      _mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(power), bit_cast<__m512>(n)));
+#else
+  const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
+  return x < -87.3f ? F32x{} : power * scale;
+#endif
+}
+
 // e^x by e^x = 2^n * e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where
 // e^r = 1 + r + r^2 q(r). Adding 1.5 * 2^23 rounds x / ln 2 to n and leaves n in the low bits. ln 2
 // is taken off in two parts, the first of so few digits that n times it is exact.
@@ -75,13 +87,7 @@ inline F32x exp(F32x x) {
   q = fma(q, r, splat(0x1.5554d8p-3f));
   q = fma(q, r, splat(0.5f));
   const F32x power = fma(fma(q, r, splat(1.0f)), r, splat(1.0f));
-#if defined(__AVX512F__)
-  return bit_cast<F32x>(
-      _mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(power), bit_cast<__m512>(n)));
-#else
-  const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
-  return x < -87.3f ? F32x{} : power * scale;
-#endif
+  return times_two_to(n, shifted, power, x);
 }
 
 // As exp, for x <= 0 and a little above (to 88), within 2.25 ulp: e^x = 2^n * 2^f with
@@ -89,9 +95,7 @@ inline F32x exp(F32x x) {
 // for what 1 / ln 2 has beyond a float, which is added. The fit of 2^f is 1 at 0 and 9.3e-8 off at
 // most.
 inline F32x exp_nonpositive(F32x x) {
-#if !defined(__AVX2__)
-  return exp(x);  // without FMA x / ln 2 - n would not be exact
-#endif
+#if defined(__AVX2__)
   const F32x magic = splat(0x1.8p23f);
   x = maximum(splat(-104.0f), x);
   const F32x shifted = fma(x, splat(0x1.715476p0f), magic);
@@ -102,12 +106,9 @@ inline F32x exp_nonpositive(F32x x) {
   power = fma(power, f, splat(0x1.ebf9c2p-3f));
   power = fma(power, f, splat(0x1.62e42ap-1f));
   power = fma(power, f, splat(1.0f));
-#if defined(__AVX512F__)
-  return bit_cast<F32x>(
-      _mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(power), bit_cast<__m512>(n)));
+  return times_two_to(n, shifted, power, x);
 #else
-  const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
-  return x < -87.3f ? F32x{} : power * scale;
+  return exp(x);  // without FMA x / ln 2 - n would not be exact
 #endif
 }
 
@@ -118,6 +119,7 @@ inline F32x exp_coarse(F32x x) {
 #if defined(__AVX512DQ__)
   const F32x t = x * 0x1.715476p0f;
   const F32x f = bit_cast<F32x>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(t), 0x09));
+  const F32x shifted = {};
 #else
   const F32x magic = splat(0x1.8p23f);
   const F32x t = maximum(splat(-150.0f), x * 0x1.715476p0f);
@@ -128,13 +130,7 @@ inline F32x exp_coarse(F32x x) {
   power = fma(power, f, splat(0x1.ee2452p-3f));
   power = fma(power, f, splat(0x1.62d6c6p-1f));
   power = fma(power, f, splat(1.0f));
-#if defined(__AVX512DQ__)
-  return bit_cast<F32x>(
-      _mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(power), bit_cast<__m512>(t)));
-#else
-  const F32x scale = bit_cast<F32x>((bit_cast<U32x>(shifted) << 23) + 0x3f800000u);
-  return x < -87.3f ? F32x{} : power * scale;
-#endif
+  return times_two_to(t, shifted, power, x);  // whose instruction takes the floor of t
 }
 
 // As for floats, with the Taylor series to the 13th power: 4e-18 off at most. 0 below 1e-307.

@@ -87,7 +87,9 @@ def token_position_embedding(
         except IndexError:
             check_keys(tables, keys)  # raises one that names the argument
             raise
-    ids, positions, segments = (None if key is None else key.long() for key in keys)  # type: ignore[assignment]
+    ids = ids.long()
+    positions = None if positions is None else positions.long()
+    segments = None if segments is None else segments.long()
     seed = draw_seed(token_table.device) if dropout_p > 0.0 else None
     if is_transformed():
         note(_NAME, "reference", "torch.func or forward-mode AD")
