@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import current_backend
-from ..ops.attention_blockwise import all_finite
+from ..ops.attention_blockwise import may_hide
 from ..ops.attention_flash import DECODE_ELEMENTS, DECODE_ROWS
 from ._dispatch import FLOATING, is_transformed, records_gradient
 
@@ -43,9 +43,9 @@ def torch_serves(
     few = queries * heads // key_heads <= DECODE_ROWS and query.dtype != torch.float64
     if few and not records and batch * key_heads * keys * width >= DECODE_ELEMENTS:
         return None  # decoding: ours reads the cache at the memory's rate
-    if (mask is not None or causal) and not all_finite(key, value):
+    if (mask is not None or causal) and may_hide(key, value):
         return None  # in torch's, NaN that is masked out comes through
-    if mask is not None and not all_finite(query):
+    if mask is not None and may_hide(query):
         return None  # and that of a query that sees nothing
     flash = width == value_width
     flash = flash and query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1

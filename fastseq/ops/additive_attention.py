@@ -25,7 +25,7 @@ from ..reference import additive_attention as reference
 from ..reference import softmax as reference_softmax
 from ..reference.layer_norm import compute_dtype
 from ._op import define_op, differentiable_gradients, extension_op
-from .attention_blockwise import all_finite
+from .attention_blockwise import may_hide
 from .softmax import masked_backward_op, masked_forward_op
 
 _extension_scores = extension_op("additive_attention_scores")
@@ -119,12 +119,6 @@ def _inputs(a: Forward | Backward) -> tuple[Tensor, Tensor, Tensor, torch.dtype]
     return _rows_contiguous(reference.without_unused(a.key, a.mask)), value, weight, dtype
 
 
-def _hides(mask: Tensor | None, x: Tensor) -> bool:
-    """Whether x may hold NaN or Inf that the mask keeps from some rows: 0 times them is NaN. A GPU
-    is not asked, which would wait for it."""
-    return mask is not None and (x.is_cuda or not all_finite(x))
-
-
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -136,7 +130,7 @@ def _forward_by(kernels: Kernels) -> Callable[[Forward], Tensor]:
             # Without a hidden dimension all scores are 0.
             return output.copy_(reference.additive_attention(*a)) if output.numel() else output
         key, value, weight, dtype = _inputs(a)
-        query, careful = _rows_contiguous(a.query), _hides(a.mask, value)
+        query, careful = _rows_contiguous(a.query), a.mask is not None and may_hide(value)
         for block, mask in _blocks(a, kernels):
             weights = kernels.softmax(kernels.scores(query[:, block], key, weight), mask, dtype)
             output[:, block] = reference.product(weights, value, mask if careful else None)
@@ -160,7 +154,7 @@ def _backward_by(kernels: Kernels) -> Callable[[Backward], Tensors4]:
     def by_blocks(a: Backward, grad_query: Tensor) -> Tensors4:
         key, value, weight, dtype = _inputs(a)
         query, compute = _rows_contiguous(a.query), compute_dtype(a.query.dtype)
-        careful = _hides(a.mask, a.grad_output)
+        careful = a.mask is not None and may_hide(a.grad_output)
         grad_key = grad_value = grad_weight = None
         for block, mask in _blocks(a, kernels):
             weights = kernels.softmax(kernels.scores(query[:, block], key, weight), mask, dtype)

@@ -346,7 +346,7 @@ def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
         a.bottom_right,
         DECODE_SPLIT,
     )
-    if whole.hides and not blockwise.all_finite(made):
+    if whole.hides and blockwise.may_hide(made):
         # 0 times a NaN or Inf value that is hidden: the careful way. Seldom, and made is small.
         return _forward_blockwise(a, by_extension=True)
     if made.stride() == output.stride():

@@ -278,9 +278,17 @@ def _careful(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
     return product.masked_fill_(seen, math.nan)
 
 
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether nothing is NaN or Inf (or adds up to it: then the careful way is not needed)."""
-    return all(math.isfinite(t.sum(dtype=compute_dtype(t.dtype)).item()) for t in tensors)
+def may_hide(*tensors: Tensor) -> bool:
+    """Whether the tensors may hold NaN or Inf, to be kept from the rows that must not see them.
+
+    0 times either is NaN, so products of hidden numbers then take the careful way. A GPU is not
+    asked, which would wait for it and could not be captured in a graph. (Finite numbers that add up
+    to Inf take the careful way for nothing.)
+    """
+    return any(
+        not t.is_cpu or not math.isfinite(t.sum(dtype=compute_dtype(t.dtype)).item())
+        for t in tensors
+    )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -362,7 +370,7 @@ def forward(p: Problem, output: Tensor, lse: Tensor) -> None:
     """Fills ``output`` and ``lse``, ``[B, H, Lq, Dv]`` and ``[B, H, Lq]``, of any strides."""
     width, dtype = p.value.shape[3], p.query.dtype
     query, keys, value = p.by_head(p.query), p.by_key_head(p.key), p.by_key_head(p.value)
-    careful = p.hides and not all_finite(p.value)
+    careful = p.hides and may_hide(p.value)
     by_extension = p.by_extension and not careful
     statistics = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=_DENSE)
     lse_by_head = statistics.view(query.shape[:3])
@@ -427,7 +435,7 @@ def backward(
     dtype = p.query.dtype
     query, keys, value = p.by_head(p.query), p.by_key_head(p.key), p.by_key_head(p.value)
     grad_by_head = p.by_head(grad_output)
-    careful = p.hides and not all_finite(p.query, p.key, p.value, grad_output)
+    careful = p.hides and may_hide(p.query, p.key, p.value, grad_output)
     softcap_with_bias = bool(p.softcap) and grad_bias is not None and dtype == _F32
     by_extension = p.by_extension and not careful and not softcap_with_bias
     statistics = lse.contiguous()

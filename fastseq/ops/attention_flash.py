@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_blockwise import all_finite
+from .attention_blockwise import may_hide
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -58,13 +58,13 @@ def forward(a: Any) -> tuple[Tensor, Tensor] | None:
     was not seen: it multiplies those by 0."""
     causal = a.window_right == 0
     output, lse = _forward(a.query, a.key, a.value, 0.0, causal, scale=a.scale)
-    return None if causal and not all_finite(output) else (output, lse)
+    return None if causal and may_hide(output) else (output, lse)
 
 
 def backward(a: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients of query, key and value; None where something that is not finite is at hand."""
     causal = a.window_right == 0
-    if causal and not all_finite(a.query, a.key, a.value, a.grad_output):
+    if causal and may_hide(a.query, a.key, a.value, a.grad_output):
         return None
     made: tuple[Tensor, Tensor, Tensor] = _backward(
         *(a.grad_output, a.query, a.key, a.value, a.output, a.lse, 0.0, causal), scale=a.scale

@@ -58,6 +58,18 @@ def test_graph_replay(name: str) -> None:
         assert torch.equal(value, expected[key]), key
 
 
+def test_a_graph_captures_attention_without_a_kernel() -> None:
+    """Where no kernel serves, as for fp64, blocks of products do, and no value is asked for."""
+    q, k, v = (torch.randn(1, 2, 40, 16, device="cuda", dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(40, 40, device="cuda") < 0.8
+    eager = functional.attention(q, k, v, mask=mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = functional.attention(q, k, v, mask=mask)
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
 def test_captured_dropout_draws_anew() -> None:
     x, r = torch.ones(64, 256, device="cuda"), torch.zeros(64, 256, device="cuda")
     functional.add_layer_norm(x, r, (256,), dropout_p=0.5)
