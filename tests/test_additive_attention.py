@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,13 +12,20 @@ from torch import Tensor
 import fastseq
 from fastseq import functional
 from fastseq.backends import recorded
-from fastseq.testing import OPERATORS, Case
 from fastseq.testing.additive_attention import torch_additive_attention
-from fastseq.testing.check import check
 
-OPERATOR = OPERATORS["additive_attention"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
+from .ladder import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    by_threads,
+    cases,
+    expect_pass,
+    expect_same_bits,
+    expect_verified,
+    in_a_process,
+)
+
+NAME = "additive_attention"
 
 
 def inputs(
@@ -40,87 +43,43 @@ def inputs(
     return tensors
 
 
-def expect_pass(backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    """Every case passes (ratios to torch's error, determinism, poison, batch invariance)."""
-    ran = 0
-    for case in chosen:
-        if dtype not in case.dtypes:
-            continue
-        outcome = check(OPERATOR, backend, dtype, case, CPU)
-        assert not outcome.failures, (backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_cpu_kernels(dtype: torch.dtype) -> None:
-    expect_pass("cpu", dtype, [case for case in OPERATOR.cases if not case.large])
+    expect_pass(NAME, "cpu", dtype, cases(NAME))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_triton_kernels_interpreted(dtype: torch.dtype) -> None:
     """All tiny cases in fp32; the kernels read fp32 whatever comes, so few in 16 bits."""
-    quick_only = dtype != torch.float32
-    expect_pass("triton", dtype, [c for c in OPERATOR.cases if c.tiny and c.quick >= quick_only])
+    expect_pass(NAME, "triton", dtype, cases(NAME, tiny=True, quick=dtype != torch.float32))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_candidates(dtype: torch.dtype, backend: str) -> None:
-    expect_pass(backend, dtype, [case for case in OPERATOR.cases if case.tiny])
+    expect_pass(NAME, backend, dtype, cases(NAME, tiny=True))
 
 
-def in_a_process(code: str, instruction_set: str, *arguments: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.slow
 def test_every_instruction_set(instruction_set: str) -> None:
-    """A machine runs the widest it has; a process of its own runs the others."""
-    available = fastseq.backends()["cpu"]
-    if instruction_set != "generic" and instruction_set.rstrip("2") not in available:
-        pytest.skip(f"this machine has {available}")
-    in_a_process(
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--family', 'additive_attention', '--backend', 'cpu']))",
-        instruction_set,
-        instruction_set,
-    )
+    expect_verified(instruction_set, "additive_attention")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     tensors = inputs(2, 150, 200, 40, 30, dtype, requires_grad=True)
     grad = torch.randn(2, 150, 30, dtype=dtype)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            # The library's products may; what is ours is what is under test.
-            scores = torch.ops.fastseq_C.additive_attention_scores(
-                tensors[0].detach(), tensors[1].detach(), tensors[3].detach().float()
-            )
-            grads = torch.ops.fastseq_C.additive_attention_gradients(
-                scores, tensors[0].detach(), tensors[1].detach(), tensors[3].detach().float()
-            )
-            results.append((scores, *grads))
-    finally:
-        torch.set_num_threads(before)
-    for one, other in pairwise(results):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    def call() -> list[Tensor]:
+        # The library's products may; what is ours is what is under test.
+        query, key, _, weight = (tensor.detach() for tensor in tensors)
+        scores = torch.ops.fastseq_C.additive_attention_scores(query, key, weight.float())
+        gradients = torch.ops.fastseq_C.additive_attention_gradients
+        return [scores, *gradients(scores, query, key, weight.float())]
+
+    expect_same_bits(by_threads(call))
     with fastseq.use_backend("cpu"):
         runs = [
             torch.autograd.grad(functional.additive_attention(*tensors), tensors, grad)
@@ -332,6 +291,7 @@ import sys, torch, fastseq
 from benchmarks.memory import peak_bytes
 from fastseq.testing.additive_attention import torch_additive_attention
 function = {"ours": fastseq.functional.additive_attention, "torch": torch_additive_attention}
+
 
 def run(name, length):
     tensors = [torch.randn(1, length, 128, requires_grad=True) for _ in range(3)]

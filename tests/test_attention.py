@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -26,29 +23,11 @@ from fastseq.testing.attention import OPERATORS as FAMILY
 from fastseq.testing.attention import torch_attention
 from fastseq.testing.check import check
 
+from .ladder import CPU, DTYPES, INSTRUCTION_SETS, by_threads, cases, expect_pass, expect_verified
+
 NAMES = [operator.name for operator in FAMILY]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
 attention, sdpa = functional.attention, functional.scaled_dot_product_attention
 KERNELS = ["cpu", "triton", "torch", "reference"]
-
-
-def cases(name: str, *, tiny: bool, quick: bool = False) -> list[Case]:
-    found = [case for case in OPERATORS[name].cases if not case.large and (case.tiny or not tiny)]
-    return [case for case in found if case.quick or not quick]
-
-
-def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    """Every case passes (ratios to torch's error, determinism, poison, batch invariance)."""
-    chosen = [case for case in chosen if dtype in case.dtypes]
-    if not chosen:
-        pytest.skip("no cases in fp64: gradcheck sees to it")
-    ran = 0
-    for case in chosen:
-        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
-        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,27 +149,10 @@ def test_triton_kernels_interpreted_all(name: str, dtype: torch.dtype) -> None:
     expect_pass(name, "triton", dtype, cases(name, tiny=True))
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.slow
 def test_every_instruction_set(instruction_set: str) -> None:
-    """A machine runs the widest it has; a process of its own runs the others."""
-    code = (
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--quick', '--family', 'attention', '--backend', 'cpu']))"
-    )
-    available = fastseq.backends()["cpu"]
-    if instruction_set.startswith("avx") and "avx" not in available:
-        pytest.skip(f"this machine has {available}")
-    result = subprocess.run(
-        [sys.executable, "-c", code, instruction_set],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    expect_verified(instruction_set, "attention", "--quick")
 
 
 def small(*, length: int = 9, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -256,19 +218,15 @@ def test_memory_does_not_grow_with_the_square() -> None:
 def test_results_do_not_depend_on_threads() -> None:
     q, k, v = (torch.randn(2, 4, 300, 32, requires_grad=True) for _ in range(3))
     seed, grad = torch.tensor([5]), torch.randn(2, 4, 300, 32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with fastseq.use_backend("cpu"), torch.no_grad():
-                few = attention(q[:, :, :1], k, v)
-            results.append((few,))
-            with fastseq.use_backend("cpu"):
-                output = attention(q, k, v, dropout_p=0.2, seed=seed, causal=True)
-                grads = torch.autograd.grad(output, (q, k, v), grad)
-            results[-1] += (output, *grads)
-    finally:
-        torch.set_num_threads(before)
+
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            few = attention(q[:, :, :1], k, v)
+        output = attention(q, k, v, dropout_p=0.2, seed=seed, causal=True)
+        return [few, output, *torch.autograd.grad(output, (q, k, v), grad)]
+
+    with fastseq.use_backend("cpu"):
+        results = by_threads(call)
     for one, other in pairwise(results):
         assert torch.equal(one[0], other[0])  # all ours; the others have the library's products
         for a, b in zip(one[1:], other[1:], strict=True):

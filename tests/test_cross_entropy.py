@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -17,29 +14,11 @@ from torch import Tensor
 import fastseq
 from fastseq import functional
 from fastseq.backends import recorded
-from fastseq.testing import OPERATORS, Case
-from fastseq.testing.check import check
 from fastseq.testing.cross_entropy import OPERATORS as FAMILY
 
+from .ladder import DTYPES, by_threads, cases, expect_pass, expect_same_bits, expect_verified
+
 NAMES = [operator.name for operator in FAMILY]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
-
-
-def cases(name: str, *, tiny: bool) -> list[Case]:
-    return [case for case in OPERATORS[name].cases if not case.large and (case.tiny or not tiny)]
-
-
-def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    """Every case passes (ratios to torch's error, determinism, poison, inputs untouched)."""
-    ran = 0
-    for case in chosen:
-        if dtype not in case.dtypes:
-            continue
-        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
-        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,23 +44,7 @@ def test_other_candidates(name: str, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
 def test_every_instruction_set(instruction_set: str) -> None:
-    code = (
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--quick', '--family', 'cross_entropy', '--backend', 'cpu']))"
-    )
-    available = fastseq.backends()["cpu"]
-    if instruction_set == "avx2" and "avx" not in available:
-        pytest.skip(f"this machine has {available}")
-    result = subprocess.run(
-        [sys.executable, "-c", code, instruction_set],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    expect_verified(instruction_set, "cross_entropy", "--quick")
 
 
 def loss_and_gradient(
@@ -95,25 +58,15 @@ def loss_and_gradient(
 def test_results_do_not_depend_on_threads_or_batch() -> None:
     x, target = torch.randn(600, 300), torch.randint(0, 300, (600,))
     options = {"reduction": "none", "label_smoothing": 0.1}
-    before = torch.get_num_threads()
-    results = []
-    try:
-        with fastseq.use_backend("cpu"):
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(
-                    (
-                        *loss_and_gradient(functional.cross_entropy, x, target, **options),
-                        functional.cross_entropy(x, target),
-                    )
-                )
-            some = loss_and_gradient(
-                functional.cross_entropy, x[100:177], target[100:177], **options
-            )
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def call() -> list[Tensor]:
+        each = loss_and_gradient(functional.cross_entropy, x, target, **options)
+        return [*each, functional.cross_entropy(x, target)]
+
+    with fastseq.use_backend("cpu"):
+        results = by_threads(call)
+        some = loss_and_gradient(functional.cross_entropy, x[100:177], target[100:177], **options)
+    expect_same_bits(results)
     for whole, half in zip(results[0][:2], some, strict=True):
         assert torch.equal(whole[100:177], half)
 

@@ -18,8 +18,9 @@ from fastseq.nn import TokenPositionEmbedding
 from fastseq.testing import OPERATORS, make_problem, measure_torch
 from fastseq.testing.check import check
 
+from .ladder import DTYPES, expect_verified
+
 OPERATOR = OPERATORS["token_position_embedding"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,6 +41,11 @@ def test_every_backend(dtype: torch.dtype) -> None:
     assert gradients["cpu"] == gradients["reference"] == len(cases)
     # Triton has a part in the gradient where there is dropout.
     assert gradients["triton"] == {torch.float32: 4, torch.float64: 0}.get(dtype, 1)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+def test_narrower_instruction_sets(instruction_set: str) -> None:
+    expect_verified(instruction_set, "embedding", "--quick")
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +21,9 @@ from fastseq.testing import OPERATORS
 from fastseq.testing.check import check
 from fastseq.testing.feed_forward import torch_feed_forward
 
+from .ladder import DTYPES, INSTRUCTION_SETS, by_threads, expect_same_bits, in_a_process
+
 OPERATOR = OPERATORS["feed_forward"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SEED = torch.tensor([-(2**62) + 12345])
 
 
@@ -124,17 +122,13 @@ def test_a_row_does_not_depend_on_others(backend: str, activation: str) -> None:
 
 def test_results_do_not_depend_on_threads() -> None:
     hidden, bias, grad = torch.randn(900, 300), torch.randn(300), torch.randn(900, 300)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            with fastseq.use_backend("cpu"):
-                output = forward_op(hidden, bias, SEED, "gelu", 0.1)
-                grads = backward_op(grad, hidden, bias, SEED, "gelu", 0.1, (True,) * 3)
-            results.append((output, *grads))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def call() -> list[Tensor]:
+        output = forward_op(hidden, bias, SEED, "gelu", 0.1)
+        return [output, *backward_op(grad, hidden, bias, SEED, "gelu", 0.1, (True,) * 3)]
+
+    with fastseq.use_backend("cpu"):
+        expect_same_bits(by_threads(call))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -202,16 +196,9 @@ print(backends()["cpu"])
 """
 
 
-@pytest.mark.parametrize("instruction_set", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_activations_are_accurate(instruction_set: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", ACCURACY],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    in_a_process(ACCURACY, instruction_set)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,29 +13,20 @@ import fastseq
 from fastseq import functional
 from fastseq.backends import recorded
 from fastseq.random import bits, draw_seed, keep_mask
-from fastseq.testing import OPERATORS, Case
-from fastseq.testing.check import check
 from fastseq.testing.layer_norm import OPERATORS as FAMILY
 
+from .ladder import (
+    CPU,
+    DTYPES,
+    INSTRUCTION_SETS,
+    by_threads,
+    cases,
+    expect_pass,
+    expect_same_bits,
+    expect_verified,
+)
+
 NAMES = [operator.name for operator in FAMILY]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
-
-
-def cases(name: str, *, tiny: bool) -> list[Case]:
-    return [case for case in OPERATORS[name].cases if not case.large and (case.tiny or not tiny)]
-
-
-def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    """Every case passes (ratios to torch's error, determinism, poison, batch invariance)."""
-    ran = 0
-    for case in chosen:
-        if dtype not in case.dtypes:
-            continue
-        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
-        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran or (backend == "triton" and dtype == torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,48 +48,22 @@ def test_other_candidates(name: str, dtype: torch.dtype, backend: str) -> None:
     expect_pass(name, backend, dtype, cases(name, tiny=True))
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_every_instruction_set(instruction_set: str) -> None:
-    """A machine runs the widest it has; a process of its own runs the others."""
-    code = (
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--quick', '--family', 'layer_norm', '--backend', 'cpu']))"
-    )
-    available = fastseq.backends()["cpu"]
-    if instruction_set == "avx512" and "avx512" not in available:
-        pytest.skip(f"this machine has {available}")
-    if instruction_set == "avx2" and "avx" not in available:
-        pytest.skip(f"this machine has {available}")
-    import os
-
-    result = subprocess.run(
-        [sys.executable, "-c", code, instruction_set],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    expect_verified(instruction_set, "layer_norm", "--quick")
 
 
 def test_results_do_not_depend_on_threads() -> None:
     x = torch.randn(3000, 100, requires_grad=True)
     weight = torch.randn(100, requires_grad=True)
     grad = torch.randn(3000, 100)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with fastseq.use_backend("cpu"):
-                output = functional.layer_norm(x, (100,), weight)
-                results.append((output, *torch.autograd.grad(output, (x, weight), grad)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def call() -> list[Tensor]:
+        output = functional.layer_norm(x, (100,), weight)
+        return [output, *torch.autograd.grad(output, (x, weight), grad)]
+
+    with fastseq.use_backend("cpu"):
+        expect_same_bits(by_threads(call))
 
 
 # --- autograd ------------------------------------------------------------------------------------

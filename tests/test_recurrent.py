@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,35 +15,30 @@ from fastseq.ops import recurrent_layer
 from fastseq.ops.recurrent import backward_op, forward_op
 from fastseq.random import draw_seed, keep_mask
 from fastseq.reference.recurrent import GATES
-from fastseq.testing import OPERATORS, Case
-from fastseq.testing.check import check
 from fastseq.testing.recurrent import OPERATORS as FAMILY
 
+from .ladder import (
+    CPU,
+    DTYPES,
+    INSTRUCTION_SETS,
+    by_threads,
+    cases,
+    expect_pass,
+    expect_same_bits,
+    expect_verified,
+)
 from .recurrent_checks import flat, module_pair, sequence_call
 
 NAMES = [operator.name for operator in FAMILY]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LSTM with projections is not supported with oneDNN", "ignore:overflow encountered"
 )
 
 
-def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    ran = 0
-    for case in chosen:
-        if dtype not in case.dtypes or case.large:
-            continue
-        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
-        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran or (backend == "triton" and dtype == torch.float64)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_cpu_kernels(name: str, dtype: torch.dtype) -> None:
-    expect_pass(name, "cpu", dtype, list(OPERATORS[name].cases))
+    expect_pass(name, "cpu", dtype, cases(name))
 
 
 @pytest.mark.parametrize(
@@ -56,36 +48,19 @@ def test_cpu_kernels(name: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_kernels_interpreted(name: str, dtype: torch.dtype) -> None:
-    expect_pass(name, "triton", dtype, [case for case in OPERATORS[name].cases if case.tiny])
+    expect_pass(name, "triton", dtype, cases(name, tiny=True))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_other_backends(name: str, dtype: torch.dtype, backend: str) -> None:
-    expect_pass(name, backend, dtype, [case for case in OPERATORS[name].cases if case.quick])
+    expect_pass(name, backend, dtype, cases(name, quick=True))
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_every_instruction_set(instruction_set: str) -> None:
-    """A machine runs the widest it has; a process of its own runs the others."""
-    available = fastseq.backends()["cpu"]
-    if instruction_set not in ("generic", *available.split()) and "avx512" not in available:
-        pytest.skip(f"this machine has {available}")
-    code = (
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--quick', '--family', 'recurrent', '--backend', 'cpu']))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, instruction_set],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    expect_verified(instruction_set, "recurrent", "--quick")
 
 
 # --- the vectors' tanh and sigmoid ---------------------------------------------------------------
@@ -195,19 +170,12 @@ def test_results_do_not_depend_on_threads_or_batch() -> None:
         back = backward_op(saved, *grads, *states, weight, *none, *kind, 0, 0.0)
         return [output, *back[:2]]
 
-    before = torch.get_num_threads()
     with fastseq.use_backend("cpu"):
-        try:
-            torch.set_num_threads(2)
-            whole = run(slice(None))
-            torch.set_num_threads(1)
-            single = run(slice(None))
-        finally:
-            torch.set_num_threads(before)
+        results = by_threads(lambda: run(slice(None)))
         part = run(slice(5, 18))
-    for a, b, c in zip(whole, single, part, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a[:, 5:18], c)
+    expect_same_bits(results)
+    for whole, some in zip(results[0], part, strict=True):
+        assert torch.equal(whole[:, 5:18], some)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -234,16 +202,8 @@ def test_threads_that_share_one_row_change_no_bit(kind: str, dtype: torch.dtype)
         )  # fmt: skip
         return [*made[:5], *back[:4]]
 
-    before, results = torch.get_num_threads(), []
     with fastseq.use_backend("cpu"):
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(run())
-        finally:
-            torch.set_num_threads(before)
-    for others in results[1:]:
-        assert all(map(torch.equal, results[0], others))
+        expect_same_bits(by_threads(run))
 
 
 def test_second_derivatives_where_a_result_depends_on_no_parameter() -> None:

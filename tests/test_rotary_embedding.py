@@ -15,8 +15,9 @@ from fastseq.testing import OPERATORS
 from fastseq.testing.check import check
 from fastseq.testing.rotary_embedding import torch_rotary_embedding
 
+from .ladder import DTYPES, expect_verified
+
 OPERATOR = OPERATORS["rotary_embedding"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
@@ -30,6 +31,11 @@ def test_every_backend(backend: str, dtype: torch.dtype) -> None:
         outcome = check(OPERATOR, backend, dtype, case, "cpu")
         assert not outcome.failures, (case.name, outcome.failures)
         assert outcome.skipped is None
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+def test_narrower_instruction_sets(instruction_set: str) -> None:
+    expect_verified(instruction_set, "rotary_embedding", "--quick")
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

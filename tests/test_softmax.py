@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -18,30 +14,22 @@ from torch import Tensor
 import fastseq
 from fastseq import functional
 from fastseq.backends import recorded
-from fastseq.testing import OPERATORS, Case, assert_as_good_as_torch
-from fastseq.testing.check import check
+from fastseq.testing import assert_as_good_as_torch
 from fastseq.testing.softmax import OPERATORS as FAMILY
 
+from .ladder import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    by_threads,
+    cases,
+    expect_pass,
+    expect_same_bits,
+    expect_verified,
+    in_a_process,
+)
+
 NAMES = [operator.name for operator in FAMILY]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CPU = torch.device("cpu")
 BOTH = ["softmax", "log_softmax"]
-
-
-def cases(name: str, *, tiny: bool) -> list[Case]:
-    return [case for case in OPERATORS[name].cases if not case.large and (case.tiny or not tiny)]
-
-
-def expect_pass(name: str, backend: str, dtype: torch.dtype, chosen: list[Case]) -> None:
-    """Every case passes (ratios to torch's error, determinism, poison, batch invariance)."""
-    ran = 0
-    for case in chosen:
-        if dtype not in case.dtypes:
-            continue
-        outcome = check(OPERATORS[name], backend, dtype, case, CPU)
-        assert not outcome.failures, (name, backend, dtype, case.name, outcome.failures)
-        ran += outcome.skipped is None
-    assert ran
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,46 +63,21 @@ def test_other_candidates(name: str, dtype: torch.dtype, backend: str) -> None:
     expect_pass(name, backend, dtype, cases(name, tiny=True))
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_every_instruction_set(instruction_set: str) -> None:
-    """A machine runs the widest it has; a process of its own runs the others."""
-    code = (
-        "import fastseq, sys\n"
-        "assert sys.argv[1] in fastseq.backends()['cpu'], fastseq.backends()\n"
-        "from fastseq.cli import main\n"
-        "sys.exit(main(['verify', '--quick', '--family', 'softmax', '--backend', 'cpu']))"
-    )
-    available = fastseq.backends()["cpu"]
-    if instruction_set == "avx2" and "avx" not in available:
-        pytest.skip(f"this machine has {available}")
-    if instruction_set == "avx512" and "avx512" not in available:
-        pytest.skip(f"this machine has {available}")
-    result = subprocess.run(
-        [sys.executable, "-c", code, instruction_set],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    expect_verified(instruction_set, "softmax", "--quick")
 
 
 @pytest.mark.parametrize("shape", [(3000, 100), (100, 3000), (7, 50, 300)])
 def test_results_do_not_depend_on_threads(shape: tuple[int, ...]) -> None:
     x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with fastseq.use_backend("cpu"):
-                outputs = [functional.softmax(x, dim) for dim in range(len(shape))]
-                grads = [torch.autograd.grad(y, x, grad)[0] for y in outputs]
-                results.append((*outputs, *grads))
-    finally:
-        torch.set_num_threads(before)
-    for one, other in pairwise(results):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    def call() -> list[Tensor]:
+        outputs = [functional.softmax(x, dim) for dim in range(len(shape))]
+        return [*outputs, *(torch.autograd.grad(y, x, grad)[0] for y in outputs)]
+
+    with fastseq.use_backend("cpu"):
+        expect_same_bits(by_threads(call))
 
 
 # --- the exponential -----------------------------------------------------------------------------
@@ -123,6 +86,7 @@ EXPONENTIAL = """
 import torch, fastseq
 from fastseq import functional
 fastseq.use_backend("cpu")
+
 
 def error(x):
     # Of [x, 0] the softmax is [exp(x), 1] / (1 + exp(x)): below x = -17.4 exp(x) alone in fp32.
@@ -148,14 +112,7 @@ def test_exponential_is_within_two_ulps_and_a_quarter(instruction_set: str) -> N
     There 1 / (1 + exp(x)) rounds to 1 and nothing hides the exponential; nearer to 0 the sum, its
     reciprocal and the product add an ulp each at most, of which some cancel.
     """
-    result = subprocess.run(
-        [sys.executable, "-c", EXPONENTIAL],
-        env={**os.environ, "FASTSEQ_CPU_ISA": instruction_set},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    in_a_process(EXPONENTIAL, instruction_set)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
