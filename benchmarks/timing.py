@@ -18,7 +18,7 @@ import torch
 
 import fastseq
 
-from .memory import faults_so_far
+from .memory import faults_so_far, settle_heap
 from .statistics import Samples
 
 #: A run is made of as many calls as it takes to last this long, so that clocks resolve it.
@@ -101,7 +101,8 @@ class CpuTimer:
         return nullcontext()
 
     def measure(self, run: Run) -> float:
-        """Seconds of one run."""
+        """Seconds of one run. What the run before left for malloc to do is not this one's."""
+        settle_heap()
         before = faults_so_far()
         seconds = self._once(run.execute)
         run.faults = faults_so_far() - before

@@ -1,5 +1,6 @@
 """The benchmark harness: it must time what is right, refuse what is wrong, and see what moved."""
 
+import ctypes
 import dataclasses
 import importlib.util
 import itertools
@@ -216,6 +217,38 @@ def test_reused_blocks_do_not_fault():
         "faults = memory.page_faults(call); assert faults < 50, faults"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _bytes_left_unmerged():
+    """What malloc keeps of small freed blocks for its next large request to merge."""
+
+    class Mallinfo2(ctypes.Structure):
+        _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo2
+    return mallinfo2().field6  # fsmblks
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc of 2.33")
+@pytest.mark.parametrize("policy", memory.CPU_POLICIES)
+def test_a_run_does_not_clean_up_after_the_one_before(policy):
+    """As graphs of many nodes do, the first run leaves thousands of small free blocks."""
+    memory.set_allocation(policy)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    left = []
+
+    def leave():
+        for block in [libc.malloc(64) for _ in range(2000)]:
+            libc.free(block)
+        left.append(_bytes_left_unmerged())
+
+    timer = timing.CpuTimer()
+    for call in (leave, lambda: left.append(_bytes_left_unmerged())):
+        timer.measure(timing.Run(timing.Variant("", [call], "auto", False), call, 1))
+    assert left[0] > 100_000
+    assert left[1] < 10_000
 
 
 def test_peak_memory_of_a_cpu_call():
