@@ -280,16 +280,40 @@ def test_products_of_small_layers(sizes: tuple[int, ...], reverse: bool) -> None
     assert torch.equal(some[1], found[2])
 
 
-def test_a_layer_is_one_node() -> None:
+@pytest.mark.parametrize("name", ["GRU", "LayerNormLSTM"])
+def test_a_layer_is_one_node(name: str) -> None:
     """Of a small layer a node costs as much as its arithmetic: none may come in unnoticed."""
-    module = nn.GRU(4, 8)
+    module = getattr(nn, name)(4, 8)
     x = torch.randn(5, 3, 4, requires_grad=True)
     with fastseq.use_backend("cpu"):
         output, _ = module(x)
     assert "RecurrentFunction" in output.grad_fn.name()
     before = [node for node, _ in output.grad_fn.next_functions if node is not None]
-    assert len(before) == 5
+    assert len(before) == 1 + len(list(module.parameters()))
     assert all("AccumulateGrad" in node.name() for node in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_gradients_of_each_alone_with_layer_norm(kind: str, dtype: torch.dtype) -> None:
+    """What one input's gradient needs is there whatever others are wanted, with biases or without:
+    beside the gradients that can be differentiated again, which have a way of their own."""
+    gates = {"lstm": 4, "gru": 3}[kind] * 5
+    for biases in (True, False):
+        shapes = [(3, 2, 4), (gates, 4), (gates, 5), *[(gates,)] * (2 * biases + 2)]
+        shapes += [(5,)] * 2 if kind == "lstm" else []
+        given = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+        params = given[1 : 3 + 2 * biases]
+        for tensor in given:
+            tensor.requires_grad_()
+            x, norms = given[0], given[1 + len(params) :]
+            results = getattr(functional, kind)(x, None, params, biases, layer_norm=norms)
+            loss = sum(result.sin().sum() for result in results)
+            (found,) = torch.autograd.grad(loss, [tensor], retain_graph=True)
+            (again,) = torch.autograd.grad(loss, [tensor], create_graph=True)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, again)
+            tensor.requires_grad_(False)
 
 
 # --- autograd ------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_it_is_the_gpu_s() -> None:
     options = Options("gru", False, 0.0, 0.0, 1e-5)
     for is_cuda in (True, False):
         x: Any = types.SimpleNamespace(is_cuda=is_cuda)
-        layer = Layer(x, *[torch.ones(1)] * 6, *[None] * 7)  # type: ignore[arg-type]
+        layer = Layer(x, *[torch.ones(1)] * 6, *[None] * (len(Layer._fields) - 7))  # type: ignore[arg-type]
         assert module._runs_at_once(layer, options) == is_cuda
         for name in ("weight_hr", "norm_hh", "norm_c", "bias_c"):
             assert not module._runs_at_once(layer._replace(**{name: torch.ones(1)}), options)

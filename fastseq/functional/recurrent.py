@@ -20,7 +20,6 @@ from ..random import draw_seed, keep_mask, keep_scale
 from ..reference.recurrent import GATES, Options
 from ._dispatch import is_foreign, is_transformed, records_gradient, under_autocast
 from ._recurrent_checks import check_call, check_tensors
-from .layer_norm import layer_norm as _layer_norm
 
 Input = Tensor | PackedSequence
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -457,18 +456,11 @@ def _layer(
     shape: Shape,
     extras: Extras,
 ) -> tuple[Layer, Options]:
-    """A layer in one direction: masks drawn, the input's gates normalized; the op is left."""
-    weight_ih: Tensor | None
+    """A layer in one direction: masks drawn; the op is left."""
     weight_ih, weight_hh, *rest = weights
     bias_ih, bias_hh = (rest[0], rest[1]) if shape.has_biases else (None, None)
     weight_hr = rest[-1] if len(rest) % 2 else None
-    if norms:
-        if kind == "lstm" and bias_ih is not None and bias_hh is not None:
-            bias_ih, bias_hh = bias_ih + bias_hh, None
-        x = F.linear(x, weight_ih)
-        x = _layer_norm(x, (x.shape[-1],), norms[0], bias_ih, extras.eps)
-        weight_ih = bias_ih = None
-    _, norm_hh, norm_c, bias_c = (*norms, None, None, None, None)[:4]
+    norm_ih, norm_hh, norm_c, bias_c = (*norms, None, None, None, None)[:4]
 
     keep, seed = None, None
     h0, c0 = states[0].contiguous(), states[1].contiguous() if kind == "lstm" else None
@@ -493,7 +485,7 @@ def _layer(
         weight_hh = weight_hh.view_as(weight_hh)
         bias_hh = None if bias_hh is None else bias_hh.view_as(bias_hh)
     # The kernels read them as they lie in memory.
-    own = (bias_ih, bias_hh, weight_hr, norm_hh, norm_c, bias_c)
+    own = (bias_ih, bias_hh, weight_hr, norm_hh, norm_c, bias_c, norm_ih)
     parameters: Any = [None if tensor is None else tensor.contiguous() for tensor in own]
     tensors = (x, h0, c0, weight_ih, weight_hh.contiguous(), *parameters, lengths, seed, keep)
     layer = Layer(*tensors)

@@ -1,8 +1,8 @@
 """A recurrent layer in one direction: the products around the recurrent ops, and autograd.
 
-One node of the graph for all of it: of a small layer a node costs as much as its arithmetic. For
-the same reason the products of small layers are kernels of our own, one call for all gradients;
-elsewhere they are the library's.
+One node of the graph for all of it, the layer norm of the input's gates included: of a small layer
+a node costs as much as its arithmetic. For the same reason the products of small layers are kernels
+of our own, one call for all gradients; elsewhere they are the library's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 from .. import _extension
 from ..backends import current_backend
 from ..reference import recurrent as reference
+from ..reference.layer_norm import layer_norm as reference_layer_norm
 from ..reference.recurrent import Options, Parameters
+from . import layer_norm
 from ._op import _is_plain, extension_op
 from .recurrent import backward_op, forward_op
 
@@ -30,18 +32,20 @@ class Layer(NamedTuple):
     """The tensors of a call: ``x [T, B, I]`` contiguous, states, parameters, what goes with them.
 
     Attributes:
-        x: the input; where ``weight_ih`` is None, the input's gates ``[T, B, G H]`` themselves.
+        x: the input.
         weight_ih: ``[G H, I]``.
         bias_ih, bias_hh: ``[G H]`` each, or None.
         h0, c0: ``[B, P]`` and ``[B, H]``, contiguous.
         weight_hh, weight_hr, norm_hh, norm_c, bias_c: see ``Parameters`` of the reference.
+        norm_ih: the gain ``[G H]`` of the norm over the input's gates, to which the biases are
+            added that belong to them; given where norm_hh is.
         lengths, seed, keep: see ``sequence`` of the reference.
     """
 
     x: Tensor
     h0: Tensor
     c0: Tensor | None
-    weight_ih: Tensor | None
+    weight_ih: Tensor
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
@@ -49,19 +53,24 @@ class Layer(NamedTuple):
     norm_hh: Tensor | None
     norm_c: Tensor | None
     bias_c: Tensor | None
+    norm_ih: Tensor | None
     lengths: Tensor | None
     seed: Tensor | None
     keep: Tensor | None
 
 
 #: So many of them can be differentiated.
-_INPUTS = 11
+_INPUTS = 12
 
 
 def forward_layer(layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
     """What the forward op makes; ``save`` asks for what the backward needs, and for the cells."""
+    return _recurrence(_normalized_gates(layer, options)[0], layer, options, save)
+
+
+def _recurrence(gates_x: Tensor, layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
     made: tuple[Tensor, ...] = forward_op(
-        _input_gates(layer, options.kind),
+        gates_x,
         layer.h0,
         layer.c0,
         *_parameters(layer, options.kind),
@@ -75,20 +84,41 @@ def forward_layer(layer: Layer, options: Options, save: bool) -> tuple[Tensor, .
 def _parameters(layer: Layer, kind: str) -> Parameters:
     """Those of the recurrence. Only of a GRU does bias_hh belong to it."""
     bias_hh = layer.bias_hh if kind == "gru" else None
-    return Parameters(layer.weight_hh, bias_hh, *layer[7:_INPUTS])
+    return Parameters(layer.weight_hh, bias_hh, *layer[7:11])
+
+
+def _normalized_gates(layer: Layer, options: Options) -> tuple[Tensor, ...]:
+    """The input's gates, and with layer norm what its backward needs: product, mean and rstd."""
+    if layer.norm_ih is None:
+        return (_input_gates(layer, options.kind),)
+    product, bias = _product(layer.x, layer.weight_ih), _sum(*_input_biases(layer, options.kind))
+    width, dtype = product.shape[-1], product.dtype
+    gates, _, mean, rstd = layer_norm.forward_op(
+        product, None, layer.norm_ih, bias, None, width, options.eps, False, 0.0, dtype, dtype
+    )
+    return gates, product, mean, rstd
 
 
 def _input_gates(layer: Layer, kind: str) -> Tensor:
     """Of all steps at once, with the biases that belong to them."""
-    x, weight_ih, bias_ih = layer.x, layer.weight_ih, layer.bias_ih
-    if weight_ih is None:
-        return x
-    bias_hh = None if kind == "gru" else layer.bias_hh
+    return _product(layer.x, layer.weight_ih, *_input_biases(layer, kind))
+
+
+def _input_biases(layer: Layer, kind: str) -> tuple[Tensor | None, Tensor | None]:
+    return layer.bias_ih, None if kind == "gru" else layer.bias_hh
+
+
+def _product(
+    x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
+) -> Tensor:
     if _is_small(x, weight_ih):
         gates: Tensor = _extension_input_gates(x, weight_ih, bias_ih, bias_hh)
         return gates
-    both = bias_ih if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-    return F.linear(x, weight_ih, both)
+    return F.linear(x, weight_ih, _sum(bias_ih, bias_hh))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 #: Multiplications of a product up to which ours is the one that is called. Measured on one core of
@@ -113,11 +143,11 @@ def _is_small(x: Tensor, weight_ih: Tensor) -> bool:
 
 def layer_by_reference(layer: Layer, options: Options) -> Results:
     """Output, h_n, c_n, cells by functions that can be transformed and differentiated."""
-    x, kind, bias = layer.x, options.kind, layer.bias_ih
-    if layer.weight_ih is not None:
-        if kind != "gru" and bias is not None and layer.bias_hh is not None:
-            bias = bias + layer.bias_hh
-        x = F.linear(x, layer.weight_ih, bias)
+    kind, norm_ih = options.kind, layer.norm_ih
+    bias = _sum(*_input_biases(layer, kind))
+    x = F.linear(layer.x, layer.weight_ih, bias if norm_ih is None else None)
+    if norm_ih is not None:
+        x = reference_layer_norm(x, x.shape[-1:], norm_ih, bias, options.eps)
     parameters = _parameters(layer, kind)
     made = reference.sequence(
         x, layer.h0, layer.c0, parameters, layer.lengths, layer.seed, layer.keep, options
@@ -126,13 +156,15 @@ def layer_by_reference(layer: Layer, options: Options) -> Results:
 
 
 class RecurrentFunction(torch.autograd.Function):
-    """Saves the activated gates and the cells; one product a weight gives its gradient."""
+    """Saves the activated gates and the cells; one product a weight gives its gradient. With layer
+    norm also what was normalized first."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Results:
         layer, options = Layer(*arguments[:-1]), arguments[-1]
-        output, h_n, c_n, cells, *saved = forward_layer(layer, options, True)
-        ctx.save_for_backward(*layer, output, cells, *saved)
+        gates_x, *normalized = _normalized_gates(layer, options)
+        output, h_n, c_n, cells, *saved = _recurrence(gates_x, layer, options, True)
+        ctx.save_for_backward(*layer, output, cells, *saved, *normalized)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return output, h_n, c_n, cells
@@ -141,7 +173,7 @@ class RecurrentFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, options, needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
         rest = (None,) * (len(needs) - _INPUTS)
-        layer, made = Layer(*saved[:14]), _Made(*saved[14:])
+        layer, made, normalized = Layer(*saved[:15]), _Made(*saved[15:20]), saved[20:]
         if all(grad is None for grad in grads):
             return (None,) * len(needs)
         # With create_graph the gradient must be differentiable itself: the reference is.
@@ -159,15 +191,23 @@ class RecurrentFunction(torch.autograd.Function):
             layer.h0,
             layer.c0,
             layer.weight_hh,
-            *layer[7:],
+            *layer[7:11],
+            *layer[_INPUTS:],
             *options[:4],
             *options[5:],
         )
-        if layer.norm_hh is None and options.kind != "gru":
+        norms: tuple[Tensor | None, ...] = (None,) * 4
+        if normalized:
+            gates_x, norm_ih, bias = _through_input_norm(gates_x, layer, normalized, options, needs)
+            norms = (*_grad_norms(rows, layer, needs), norm_ih)
+        elif options.kind != "gru":
             gates_h = gates_x
         x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
             gates_x, gates_h, rows, layer, made.output, options, needs
         )
+        if normalized:
+            bias_ih = bias if needs[5] else None
+            bias_hh = bias if needs[6] and options.kind != "gru" else bias_hh
         return (
             x,
             h0 if needs[1] else None,
@@ -177,7 +217,7 @@ class RecurrentFunction(torch.autograd.Function):
             bias_ih,
             bias_hh,
             _grad_weight_hr(projected, made, layer, options) if needs[7] else None,
-            *(_grad_norms(rows, layer, needs) if layer.norm_hh is not None else (None,) * 3),
+            *norms,
             *rest,
         )
 
@@ -190,6 +230,26 @@ class _Made(NamedTuple):
     gates: Tensor
     normalized: Tensor
     statistics: Tensor
+
+
+def _through_input_norm(
+    grad: Tensor,
+    layer: Layer,
+    normalized: Sequence[Tensor],
+    options: Options,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of the product that was normalized, of the gain, and of what was added after it."""
+    assert layer.norm_ih is not None
+    product, mean, rstd = normalized
+    biases = _input_biases(layer, options.kind)
+    bias = biases[1] if biases[0] is None else biases[0]  # of their sum this has shape and dtype
+    wanted = (True, False, needs[11], needs[5] or needs[6])
+    through, _, gain, grad_bias = layer_norm.backward_op(
+        *(grad, None, product, layer.norm_ih, bias, mean, rstd, None),
+        *(product.shape[-1], 0.0, product.dtype, wanted),
+    )
+    return through, gain if needs[11] else None, grad_bias
 
 
 def _gradients(
@@ -211,32 +271,38 @@ def _gradients(
         with torch.autocast(device, enabled=False):
             return _gradients(gates_x, gates_h, rows, layer, output, options, needs)
     x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
-    shared = options.kind != "gru" and layer.norm_hh is None
-    bias_ih = needs[5] or (shared and needs[6])
+    # With layer norm biases come after the products.
+    shared, norm = options.kind != "gru", layer.norm_hh is not None
+    bias_ih, bias_hh = not norm and (needs[5] or (shared and needs[6])), needs[6] and not shared
     # Where a row's first step is not that of all, or h is masked, its operand is written down.
     irregular = layer.keep is not None or (layer.lengths is not None and reverse)
-    if weight_ih is not None and not irregular and _is_small(x, weight_ih):
-        wanted = needs[0] + 2 * needs[3] + 4 * needs[4] + 8 * bias_ih + 16 * (needs[6] > shared)
+    made: list[Tensor] | tuple[Tensor, ...]
+    if not irregular and _is_small(x, weight_ih):
+        wanted = needs[0] + 2 * needs[3] + 4 * needs[4] + 8 * bias_ih + 16 * (bias_hh > norm)
         made = _extension_gradients(
             gates_x, gates_h, x, weight_ih, output, layer.h0, reverse, wanted
         )
     else:
         flat, made = gates_x.flatten(0, 1), [gates_x] * 5
-        if weight_ih is not None:
-            made[0] = gates_x @ weight_ih if needs[0] else gates_x
-            made[1] = flat.t() @ x.flatten(0, 1) if needs[3] else flat
+        if needs[0]:
+            made[0] = gates_x @ weight_ih
+        if needs[3]:
+            made[1] = flat.t() @ x.flatten(0, 1)
         if needs[4]:
             made[2] = _grad_weight_hh(gates_h, layer, output, irregular, reverse)
         if bias_ih:
             made[3] = flat.sum(0)
-        if needs[6] and not shared:
-            made[4] = _grad_bias_hh(gates_h, rows, layer.norm_hh)
+        if bias_hh and not norm:
+            made[4] = gates_h.sum((0, 1))
+    if bias_hh and norm:
+        width = gates_x.shape[-1]
+        made = [*made[:4], rows[:, width : 2 * width].sum(0).to(gates_x.dtype)]
     return (
         made[0] if needs[0] else None,
         made[1] if needs[3] else None,
         made[2] if needs[4] else None,
-        made[3] if needs[5] else None,
-        made[3 if shared else 4] if needs[6] else None,
+        made[3] if bias_ih and needs[5] else None,
+        made[3 if shared else 4] if (bias_ih or bias_hh) and needs[6] else None,
     )
 
 
@@ -253,13 +319,6 @@ def _grad_weight_hh(
         return first @ layer.h0
     later, before = (grad_gates[:-1], output[1:]) if reverse else (grad_gates[1:], output[:-1])
     return (later.flatten(0, 1).t() @ before.flatten(0, 1)).addmm_(first, layer.h0)
-
-
-def _grad_bias_hh(grad_gates: Tensor, rows: Tensor, norm_hh: Tensor | None) -> Tensor:
-    if norm_hh is None:
-        return grad_gates.sum((0, 1))
-    width = grad_gates.shape[-1]
-    return rows[:, width : 2 * width].sum(0).to(norm_hh.dtype)
 
 
 def _grad_weight_hr(projected: Tensor, made: _Made, layer: Layer, options: Options) -> Tensor:
@@ -279,15 +338,15 @@ def _grad_weight_hr(projected: Tensor, made: _Made, layer: Layer, options: Optio
 
 
 def _grad_norms(rows: Tensor, layer: Layer, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Of norm_hh, norm_c and bias_c."""
+    """Of norm_hh, norm_c and bias_c: parts of one sum."""
     width = layer.weight_hh.shape[0]
     hidden = rows.shape[1] // 2 - width
-    starts = ((0, width), (2 * width, hidden), (2 * width + hidden, hidden))
+    sums = rows.sum(0).to(layer.x.dtype).split([width, width, hidden, hidden])
     return tuple(
-        rows[:, start : start + size].sum(0).to(parameter.dtype)
-        if parameter is not None and want
-        else None
-        for (start, size), parameter, want in zip(starts, layer[8:11], needs[8:11], strict=True)
+        part if parameter is not None and want else None
+        for part, parameter, want in zip(
+            (sums[0], *sums[2:]), layer[8:11], needs[8:11], strict=True
+        )
     )
 
 
