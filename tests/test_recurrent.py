@@ -128,6 +128,42 @@ def test_lengths_equal_packing(name: str, backend: str) -> None:
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize(
+    "lengths", [(7, 1, 0, 4), (2, 3, 0, 0), (0, 0, 0, 0), (7, 7, 7, 6)], ids=str
+)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LayerNormLSTM", "LayerNormGRU"])
+def test_products_of_the_steps_that_are_taken(
+    name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directions and recurrent dropout, beside the products of all steps."""
+    monkeypatch.setattr(recurrent_layer, "_SMALL", 0)
+    taken, picked = recurrent_layer._taken, []
+
+    def noted(layer: recurrent_layer.Layer) -> Tensor | None:
+        picked.append(taken(layer))
+        return picked[-1]
+
+    monkeypatch.setattr(recurrent_layer, "_taken", noted)
+    x = torch.randn(7, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(module: Any, most: float) -> list[Tensor]:
+        monkeypatch.setattr(recurrent_layer, "_MOST_TAKEN", most)
+        torch.manual_seed(3)
+        results = flat(module(x, None, torch.tensor(lengths)))
+        loss = sum(result.sin().sum() for result in results)
+        return [*results, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+    every: list[dict[str, Any]] = [{"bidirectional": True}]
+    every += [{"recurrent_dropout": 0.5}] * name.startswith("LayerNorm")
+    for options in every:
+        module = getattr(nn, name)(5, 6, **options).double()
+        found = run(module, 0.9)
+        assert (picked[-1] is None) == (sum(lengths) > 0.9 * 28)
+        for a, b in zip(found, run(module, -1.0), strict=True):
+            torch.testing.assert_close(a, b)
+        assert picked[-1] is None
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_rows_of_length_zero_keep_their_state(name: str, backend: str) -> None:

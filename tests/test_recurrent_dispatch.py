@@ -135,6 +135,18 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], message: 
         call()
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_no_hidden_units(kind: str) -> None:
+    """torch's functions take them (its LSTM outside oneDNN); a norm has nothing to take."""
+    params = [torch.randn(0, 4), torch.randn(0, 0), torch.randn(0), torch.randn(0)]
+    with fastseq.use_backend("cpu"):
+        assert getattr(functional, kind)(X, None, params)[0].shape == (5, 3, 0)
+        if kind != "rnn":
+            norms = [torch.ones(0)] * (4 if kind == "lstm" else 2)
+            with pytest.raises(RuntimeError, match="layer_norm"):
+                getattr(functional, kind)(X, None, params, layer_norm=norms)
+
+
 def test_signatures_name_what_torchs_functions_lack() -> None:
     for function in (functional.lstm, functional.gru, functional.rnn):
         parameters = inspect.signature(function).parameters

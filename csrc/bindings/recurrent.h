@@ -97,6 +97,7 @@ std::atomic<int> calls_alone{0};
 template <class Rows, class Members>
 void run_recurrent(Recurrent& problem, bool backward, const Tensor& like, Rows rows,
                    Members members) {
+  if (problem.hidden == 0) return;  // no units, nothing to write
   const RecurrentCpu& kernels = *instruction_set().recurrent;
   const auto aligned = [](const Tensor& tensor) {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(tensor.data_ptr()) + 63) / 64 * 64);

@@ -123,6 +123,8 @@ def _check_params(name: str, kind: str, params: Sequence[Tensor], each: int, sha
                     f"{name}: {role} of layer {n // shape.directions} must have the shape "
                     f"{list(wanted)}, got {list(tensor.shape)}"
                 )
+    if projected and hidden == 0:
+        raise RuntimeError(f"{name}: weight_hr wants hidden units to project, got none")
     if not projected and state != hidden:
         raise RuntimeError(
             f"{name}: weight_hh must have the shape {[gates, hidden]}, got {[gates, state]}"
@@ -153,6 +155,8 @@ def _check_lengths(name: str, lengths: Tensor, batch: int | None, steps: int) ->
 def _check_norms(name: str, kind: str, norms: Sequence[Tensor], layers: int, hidden: int) -> None:
     if kind not in ("lstm", "gru"):
         raise ValueError(f"{name}: layer_norm is for lstm and gru")
+    if hidden == 0:
+        raise RuntimeError(f"{name}: layer_norm wants hidden units to normalize, got none")
     gates = (GATES[kind] * hidden,)
     wanted = [gates, gates, (hidden,), (hidden,)] if kind == "lstm" else [gates, gates]
     if len(norms) != len(wanted) * layers:

@@ -7,7 +7,7 @@ of our own, one call for all gradients; elsewhere they are the library's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,8 @@ _INPUTS = 12
 
 def forward_layer(layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
     """What the forward op makes; ``save`` asks for what the backward needs, and for the cells."""
-    return _recurrence(_normalized_gates(layer, options)[0], layer, options, save)
+    gates_x = _normalized_gates(layer, options, _taken(layer))[0]
+    return _recurrence(gates_x, layer, options, save)
 
 
 def _recurrence(gates_x: Tensor, layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
@@ -87,21 +88,58 @@ def _parameters(layer: Layer, kind: str) -> Parameters:
     return Parameters(layer.weight_hh, bias_hh, *layer[7:11])
 
 
-def _normalized_gates(layer: Layer, options: Options) -> tuple[Tensor, ...]:
-    """The input's gates, and with layer norm what its backward needs: product, mean and rstd."""
+def _normalized_gates(layer: Layer, options: Options, taken: Tensor | None) -> tuple[Tensor, ...]:
+    """The input's gates, and with layer norm what its backward needs: product, mean and rstd.
+
+    Args:
+        taken: see :func:`_taken`; the product that comes back has these rows alone.
+    """
+    x, biases = layer.x, _input_biases(layer, options.kind)
+    if taken is not None:
+        x = x.flatten(0, 1).index_select(0, taken)
+    kept: tuple[Tensor, ...] = ()
     if layer.norm_ih is None:
-        return (_input_gates(layer, options.kind),)
-    product, bias = _product(layer.x, layer.weight_ih), _sum(*_input_biases(layer, options.kind))
-    width, dtype = product.shape[-1], product.dtype
-    gates, _, mean, rstd = layer_norm.forward_op(
-        product, None, layer.norm_ih, bias, None, width, options.eps, False, 0.0, dtype, dtype
-    )
-    return gates, product, mean, rstd
+        gates = _product(x, layer.weight_ih, *biases)
+    else:
+        product = _product(x, layer.weight_ih)
+        width, dtype = product.shape[-1], product.dtype
+        gates, _, *statistics = layer_norm.forward_op(
+            *(product, None, layer.norm_ih, _sum(*biases), None, width),
+            *(options.eps, False, 0.0, dtype, dtype),
+        )
+        kept = (product, *statistics)
+    if taken is not None:
+        gates = _spread(gates, taken, layer.x, gates.new_empty)
+    return (gates, *kept)
 
 
 def _input_gates(layer: Layer, kind: str) -> Tensor:
     """Of all steps at once, with the biases that belong to them."""
     return _product(layer.x, layer.weight_ih, *_input_biases(layer, kind))
+
+
+#: From this part of all steps on that rows do take, it is not worth picking them out.
+_MOST_TAKEN = 0.9
+
+
+def _taken(layer: Layer) -> Tensor | None:
+    """Where ``lengths`` leave out many of the steps: those that are taken, as indices into
+    ``T * B``. Then the products around the recurrence are of these alone."""
+    x, lengths = layer.x, layer.lengths
+    if lengths is None or not x.is_cpu or not _is_plain(x) or not _is_plain(lengths):
+        return None
+    if current_backend() not in ("auto", "cpu") or _is_small(x, layer.weight_ih):
+        return None
+    mask = torch.arange(x.shape[0])[:, None] < lengths
+    taken = mask.flatten().nonzero().squeeze(1)
+    return taken if taken.numel() <= _MOST_TAKEN * mask.numel() else None
+
+
+def _spread(rows: Tensor, taken: Tensor, x: Tensor, empty: Callable[..., Tensor]) -> Tensor:
+    """The rows where they belong among all steps of x; ``empty`` makes what lies between them."""
+    steps, batch = x.shape[:2]
+    whole = empty(steps * batch, rows.shape[1])
+    return whole.index_copy_(0, taken, rows).view(steps, batch, -1)
 
 
 def _input_biases(layer: Layer, kind: str) -> tuple[Tensor | None, Tensor | None]:
@@ -162,7 +200,8 @@ class RecurrentFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Results:
         layer, options = Layer(*arguments[:-1]), arguments[-1]
-        gates_x, *normalized = _normalized_gates(layer, options)
+        ctx.taken = _taken(layer)
+        gates_x, *normalized = _normalized_gates(layer, options, ctx.taken)
         output, h_n, c_n, cells, *saved = _recurrence(gates_x, layer, options, True)
         ctx.save_for_backward(*layer, output, cells, *saved, *normalized)
         ctx.options = options
@@ -196,6 +235,11 @@ class RecurrentFunction(torch.autograd.Function):
             *options[:4],
             *options[5:],
         )
+        if ctx.taken is not None:
+            gates_x, gates_h = (
+                grad.flatten(0, 1).index_select(0, ctx.taken) if grad.numel() else grad
+                for grad in (gates_x, gates_h)
+            )
         norms: tuple[Tensor | None, ...] = (None,) * 4
         if normalized:
             gates_x, norm_ih, bias = _through_input_norm(gates_x, layer, normalized, options, needs)
@@ -203,7 +247,7 @@ class RecurrentFunction(torch.autograd.Function):
         elif options.kind != "gru":
             gates_h = gates_x
         x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
-            gates_x, gates_h, rows, layer, made.output, options, needs
+            gates_x, gates_h, rows, layer, made.output, options, needs, ctx.taken
         )
         if normalized:
             bias_ih = bias if needs[5] else None
@@ -260,16 +304,20 @@ def _gradients(
     output: Tensor,
     options: Options,
     needs: Sequence[bool],
+    taken: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight_ih, weight_hh, bias_ih and bias_hh, from those of the gates.
 
     A bias that is added to the input's gates has the gradient of the other one.
+
+    Args:
+        taken: see :func:`_taken`; gates_x and gates_h have these rows alone.
     """
     device = gates_x.device.type
     # Around the caller's backward() it would cast some operands of a product and not the others.
     if not gates_x.is_meta and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _gradients(gates_x, gates_h, rows, layer, output, options, needs)
+            return _gradients(gates_x, gates_h, rows, layer, output, options, needs, taken)
     x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
     # With layer norm biases come after the products.
     shared, norm = options.kind != "gru", layer.norm_hh is not None
@@ -277,23 +325,25 @@ def _gradients(
     # Where a row's first step is not that of all, or h is masked, its operand is written down.
     irregular = layer.keep is not None or (layer.lengths is not None and reverse)
     made: list[Tensor] | tuple[Tensor, ...]
-    if not irregular and _is_small(x, weight_ih):
+    if taken is None and not irregular and _is_small(x, weight_ih):
         wanted = needs[0] + 2 * needs[3] + 4 * needs[4] + 8 * bias_ih + 16 * (bias_hh > norm)
         made = _extension_gradients(
             gates_x, gates_h, x, weight_ih, output, layer.h0, reverse, wanted
         )
     else:
-        flat, made = gates_x.flatten(0, 1), [gates_x] * 5
+        flat, made = gates_x.flatten(0, -2), [gates_x] * 5
         if needs[0]:
             made[0] = gates_x @ weight_ih
+            if taken is not None:
+                made[0] = _spread(made[0], taken, x, x.new_zeros)
         if needs[3]:
-            made[1] = flat.t() @ x.flatten(0, 1)
+            made[1] = flat.t() @ _rows(x, taken)
         if needs[4]:
-            made[2] = _grad_weight_hh(gates_h, layer, output, irregular, reverse)
+            made[2] = _grad_weight_hh(gates_h, layer, output, irregular, reverse, taken)
         if bias_ih:
             made[3] = flat.sum(0)
         if bias_hh and not norm:
-            made[4] = gates_h.sum((0, 1))
+            made[4] = gates_h.flatten(0, -2).sum(0)
     if bias_hh and norm:
         width = gates_x.shape[-1]
         made = [*made[:4], rows[:, width : 2 * width].sum(0).to(gates_x.dtype)]
@@ -306,19 +356,39 @@ def _gradients(
     )
 
 
+def _rows(steps: Tensor, taken: Tensor | None) -> Tensor:
+    """``[T, B, n]`` as rows: all, or those that are taken."""
+    rows = steps.flatten(0, 1)
+    return rows if taken is None else rows.index_select(0, taken)
+
+
 def _grad_weight_hh(
-    grad_gates: Tensor, layer: Layer, output: Tensor, irregular: bool, reverse: bool
+    grad_gates: Tensor,
+    layer: Layer,
+    output: Tensor,
+    irregular: bool,
+    reverse: bool,
+    taken: Tensor | None,
 ) -> Tensor:
     """The sum over steps of ``grad_gates[t]^T h[t - 1]``, of all steps but the first at once,
     which starts from ``h0``."""
+    flat, batch = grad_gates.flatten(0, -2), len(layer.h0)
     if irregular:
         before = reference.hidden_before(output, layer.h0, layer.lengths, reverse, layer.keep)
-        return grad_gates.flatten(0, 1).t() @ before.flatten(0, 1)
-    first = grad_gates[-1 if reverse else 0].t()
-    if output.shape[0] == 1:
-        return first @ layer.h0
-    later, before = (grad_gates[:-1], output[1:]) if reverse else (grad_gates[1:], output[:-1])
-    return (later.flatten(0, 1).t() @ before.flatten(0, 1)).addmm_(first, layer.h0)
+        return flat.t() @ _rows(before, taken)
+    states, start = output.flatten(0, 1), layer.h0
+    if taken is not None:  # in the order of steps: those of the first step come first
+        begun = int((taken[:batch] < batch).sum())
+        first, later = flat[:begun], flat[begun:]
+        start = start.index_select(0, taken[:begun])
+        before = states.index_select(0, taken[begun:] - batch)
+    elif reverse:
+        first, later, before = flat[-batch:], flat[:-batch], states[batch:]
+    else:
+        first, later, before = flat[:batch], flat[batch:], states[:-batch]
+    if not len(later):
+        return first.t() @ start
+    return (later.t() @ before).addmm_(first.t(), start)
 
 
 def _grad_weight_hr(projected: Tensor, made: _Made, layer: Layer, options: Options) -> Tensor:
