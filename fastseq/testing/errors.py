@@ -8,12 +8,16 @@ conditioning just as ours does, so the ratio of the two is what is bounded.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 #: The largest ratio that passes, of the largest error and of the RMS error alike.
 BOUND = 2.0
+#: Numbers of a part: on a CPU few enough for one core and its cache, on a GPU enough for a launch.
+_PART, _PART_ON_GPU = 2**14, 2**24
 
 
 class MismatchError(AssertionError):
@@ -64,27 +68,54 @@ def error_ratio(
         raise MismatchError(f"dtype {ours.dtype}, torch's {torch_same_dtype.dtype}")
     if not ours.numel():
         return 0.0, 0.0
-    ours, theirs, oracle = (t.detach() for t in (ours, torch_same_dtype, oracle))
-    if not all(bool(tensor.isfinite().all()) for tensor in (ours, theirs, oracle)):
+    ours, theirs, oracle = (t.detach().reshape(-1) for t in (ours, torch_same_dtype, oracle))
+    # A part at a time: whole tensors in fp64 would take several times as long as what made them.
+    size = _PART_ON_GPU if ours.is_cuda else _PART
+    parts = [tensor.split(size) for tensor in (ours, theirs, oracle)]
+    if not all(bool(part.isfinite().all()) for part in chain(*parts)):
         if not _same_specials(ours, theirs, oracle):
             return math.inf, math.inf
         counted = ours.isfinite() & oracle.isfinite()
         if not counted.any():
             return 0.0, 0.0
-        ours, theirs, oracle = ours[counted], theirs[counted], oracle[counted]
-    truth = oracle.double()
-    error = (ours.double() - truth).abs_()
-    torch_error = (theirs.double() - truth).abs_().nan_to_num_(posinf=0.0)
+        parts = [tensor[counted].split(size) for tensor in (ours, theirs, oracle)]
     result_ulp = torch.finfo(ours.dtype).eps
     arithmetic_ulp = torch.finfo(_arithmetic(ours.dtype)).eps
     floor_ulps = result_ulp / 2 + arithmetic_ulp * (2 + math.sqrt(summed) / 2)
-    scale = truth.abs().clamp_min(_rms(truth))
+    return _ratios(*parts, floor_ulps=floor_ulps)
+
+
+def _ratios(
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    oracle: Sequence[Tensor],
+    *,
+    floor_ulps: float,
+) -> tuple[float, float]:
+    """The largest ratio and that of the RMS, of flat tensors in parts."""
+    root = math.sqrt(sum(part.numel() for part in ours))
+    truth_norm = torch_norm = torch_largest = 0.0
+    for other, exact in zip(theirs, oracle, strict=True):
+        true = exact.double()
+        torch_error = (other.double() - true).abs_().nan_to_num_(posinf=0.0)
+        truth_norm = math.hypot(truth_norm, _norm(true))
+        torch_norm = math.hypot(torch_norm, _norm(torch_error))
+        torch_largest = max(torch_largest, float(torch_error.amax()))
     # Never 0: where truth and all errors are 0 the ratio is 0, not NaN.
-    tiny = torch.finfo(ours.dtype).tiny
-    floor = (floor_ulps * scale).clamp_min(tiny)
-    largest = float((error / floor.clamp_min(float(torch_error.max()))).max())
-    typical = _rms(error) / max(_rms(torch_error), _rms(floor) / 2, tiny)
-    return largest, typical
+    tiny = torch.finfo(ours[0].dtype).tiny
+    largest = error_norm = floor_norm = 0.0
+    for one, exact in zip(ours, oracle, strict=True):
+        true = exact.double()
+        error = (one.double() - true).abs_()
+        floor = true.abs().clamp_min_(truth_norm / root).mul_(floor_ulps).clamp_min_(tiny)
+        error_norm = math.hypot(error_norm, _norm(error))
+        floor_norm = math.hypot(floor_norm, _norm(floor))
+        largest = max(largest, float(error.div_(floor.clamp_min_(torch_largest)).amax()))
+    return largest, error_norm / max(torch_norm, floor_norm / 2, tiny * root)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
 
 
 def assert_as_good_as_torch(
@@ -129,7 +160,3 @@ def _same_specials(ours: Tensor, theirs: Tensor, oracle: Tensor) -> bool:
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.double())) / math.sqrt(tensor.numel())
