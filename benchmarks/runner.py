@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import fastseq
-from fastseq.backends import BackendError, recorded
+from fastseq.backends import BackendError, Decision, recorded
 from fastseq.testing import Problem, make_problem
 
 from . import ceilings, memory
@@ -21,12 +21,12 @@ from .registry import DTYPES, Cost, Provider
 from .results import Results, Row
 from .statistics import Samples, noise, ratio, summarise
 from .timing import (
-    LEAST_ROUNDS,
     CpuTimer,
     GpuTimer,
     Run,
     Timer,
     interleave,
+    least_rounds,
     wall_seconds,
 )
 
@@ -34,8 +34,6 @@ from .timing import (
 GROUP_SECONDS, ASKED_SECONDS, LEAST_GROUP_SECONDS = 1.0, 0.2, 0.1
 #: The part of the budget that comes before what is asked: fresh memory, which must be first.
 BEFORE_ASKED = 0.05
-#: A call of this many seconds is its own second timing: one round's against the next one's.
-NEIGHBOURS_SECONDS = 0.25
 AGAIN = f"{BASELINE} again"
 #: About what a call takes of a forward and backward.
 _PARTS = {"inference": 0.4, "fwd": 0.4, "bwd": 0.6, "fwd+bwd": 1.0}
@@ -80,6 +78,15 @@ class _Phase:
         return self.deadline is None or time.perf_counter() + seconds < self.deadline
 
 
+@dataclass(frozen=True)
+class _FirstCall:
+    """What a variant's first call shows, with the most threads that are measured."""
+
+    peak_bytes: int | None
+    backend: str
+    seconds: float
+
+
 @dataclass
 class Runner:
     """Fills ``results`` point by point.
@@ -96,6 +103,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._gate = Gate(self.settings.device)
+        self._first_calls: dict[tuple[str, ...], _FirstCall] = {}
 
     def run(self, phases: Sequence[Sequence[Point]]) -> None:
         """Measure all points, or those that the budget has time for."""
@@ -150,13 +158,15 @@ class Runner:
                 continue
             self.tell(f"ceilings, {count} threads", 0)
             torch.set_num_threads(count)
-            seconds = min(0.5, self.settings.group_seconds)
+            usual = 0.5 if self.settings.budget is None else ASKED_SECONDS
+            seconds = min(usual, self.settings.group_seconds)
             found = ceilings.measure(self.settings.device, dtypes, seconds)
             self.results.ceilings[str(count)] = found
 
     def _thread_counts(self) -> Sequence[int]:
+        """The most first: a variant's first call, of which one does, is quickest there."""
         on_gpu = self.settings.device.type == "cuda"
-        return [torch.get_num_threads()] if on_gpu else self.settings.threads
+        return [torch.get_num_threads()] if on_gpu else sorted(self.settings.threads, reverse=True)
 
     # --- one point -------------------------------------------------------------------------------
 
@@ -224,10 +234,12 @@ class Runner:
         phase.groups += len(groups)
 
     def _expected(self, probe: Probe, groups: Sequence[Row]) -> float:
-        """Seconds a point takes at the least: the oracle, a run of ours, and the fewest rounds."""
+        """Seconds a point takes at the least: the oracle, a run of ours, first calls, rounds."""
         part = 1.0 if probe.gradients else _PARTS["inference"]
-        calls = sum(2 * (1 + LEAST_ROUNDS) * _PARTS[group.mode] for group in groups) / part
-        return probe.seconds * (3 + calls)
+        first = sum(_PARTS[mode] for mode in {group.mode for group in groups})
+        rounds = least_rounds(2 * probe.seconds)
+        sampled = sum(rounds * _PARTS[group.mode] for group in groups)
+        return probe.seconds * (3 + 2 * (first + sampled) / part)
 
     def _without_doubles(self, wanted: list[Provider], problem: Problem) -> list[Provider]:
         """Without the forced backends that are what fastseq chooses anyway, unless asked for."""
@@ -296,20 +308,29 @@ class Runner:
         return rows
 
     def _prepared(self, one: Admitted, row: Row, problems: Sequence[Problem], timer: Timer) -> Run:
-        """The provider's run, after a first call that shows its memory and its backends."""
+        """The provider's run, its first call made: what that shows is known of the row then."""
         device = self.settings.device
+        where = (row.operator, row.label, row.dtype, row.mode, row.provider)
         with timer.building(), recorded() as decisions:
             variant = make_variant(one.provider, one.function, problems, row.mode)
-            variant.enter()
-            call = variant.calls[0]
-            if device.type == "cuda" or one.provider.setup:
-                call()  # what is compiled or set up once is no call's memory
-            started = time.perf_counter()
-            row.peak_bytes = memory.peak_bytes(call, device)
+            known = self._first_calls.get(where)
+            if known is None or device.type == "cuda" or one.provider.setup:
+                variant.enter()
+                call = variant.calls[0]
+                if device.type == "cuda" or one.provider.setup:
+                    call()  # what is compiled or set up once is no call's memory
+                started = time.perf_counter()
+                peak = memory.peak_bytes(call, device)
+                seconds = time.perf_counter() - started
+                known = _FirstCall(peak, _backends(decisions), seconds)
+                self._first_calls[where] = known
             if device.type == "cpu":
-                variant.first = time.perf_counter() - started
-        row.backend = ", ".join(dict.fromkeys(decision.backend for decision in decisions))
-        return timer.prepare(variant, row.policy)
+                variant.first = known.seconds
+            ready = timer.prepare(variant, row.policy)
+        row.peak_bytes = known.peak_bytes
+        # What serves a small problem depends on the threads; a slow one has not been called again.
+        row.backend = known.backend if ready.slow else _backends(decisions)
+        return ready
 
     def _fill(
         self, row: Row, samples: Samples, baseline: Samples, again: Samples, cost: Cost
@@ -345,12 +366,17 @@ class Runner:
             row.page_faults = run.faults // run.calls
 
 
+def _backends(decisions: Sequence[Decision]) -> str:
+    return ", ".join(dict.fromkeys(decision.backend for decision in decisions))
+
+
 def _timed(
     timer: Timer, runs: dict[str, Run], seconds: float
 ) -> tuple[dict[str, Samples], Samples]:
     """Samples of all runs by name, and the baseline's once more."""
     baseline = runs[BASELINE]
-    if baseline.variant.first > NEIGHBOURS_SECONDS and isinstance(timer, CpuTimer):
+    if baseline.slow and isinstance(timer, CpuTimer):
+        # It is its own second timing: one round's against the next one's.
         samples = interleave(timer, list(runs.values()), seconds)
         timed = dict(zip(runs, samples, strict=True))
         return timed, timed[BASELINE].roll(1)

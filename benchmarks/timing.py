@@ -26,8 +26,8 @@ CPU_RUN_SECONDS = 300e-6
 GPU_RUN_SECONDS = 1e-3
 MAX_CALLS = 256
 #: Rounds: as many as the sampling time has room for. The minimum may take four times as long, or
-#: half a second; the least is what even the slowest calls get.
-LEAST_ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 3, 7, 300
+#: half a second; then least_rounds() do.
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
 #: Of each of the five rounds that tell a call's time with the host.
 _WALL_SECONDS = 0.02
 #: From here on a call is not repeated to warm up or to find out how long it takes.
@@ -84,8 +84,9 @@ class CpuTimer:
         if variant.first > SLOW_SECONDS:
             return Run(variant, call, 1)
         variant.enter()
-        call()
-        seconds = min(self._once(call) for _ in range(3))
+        seconds = self._once(call)
+        if seconds < 10 * CPU_RUN_SECONDS:  # however cold it was, what is longer is one run
+            seconds = min(self._once(call) for _ in range(3))
         count = max(1, min(MAX_CALLS, int(CPU_RUN_SECONDS / max(seconds, 1e-7))))
         if count == 1:
             return Run(variant, call, 1)
@@ -172,6 +173,11 @@ class GpuTimer:
 Timer = CpuTimer | GpuTimer
 
 
+def least_rounds(seconds: float) -> int:
+    """Rounds that even the slowest calls get, by what a round takes: three, or two of seconds."""
+    return 3 if seconds < 1.0 else 2
+
+
 def interleave(
     timer: Timer, runs: Sequence[Run], seconds: float, min_rounds: int = MIN_ROUNDS
 ) -> list[Samples]:
@@ -194,7 +200,7 @@ def interleave(
         passed = time.perf_counter() - start
         if rounds >= min_rounds and passed > seconds:
             break
-        if rounds >= LEAST_ROUNDS and passed > max(4 * seconds, 0.5):
+        if passed > max(4 * seconds, 0.5) and rounds >= least_rounds(passed / rounds):
             break
         for index in shuffled.sample(range(len(runs)), len(runs)):
             run = runs[index]
