@@ -100,6 +100,11 @@ def test_the_op_keeps_the_contract_and_compiles() -> None:
 BAD = [
     ({"lengths": torch.tensor([0, 7, 2])}, IndexError, "lengths must be between 0 and 6.*0 to 7"),
     ({"lengths": torch.tensor([0, -1, 2])}, IndexError, "got -1 to 2"),
+    (
+        {"key_cache": torch.zeros(3, 2, 0, 8), "value_cache": torch.zeros(3, 2, 0, 5)},
+        IndexError,
+        "key_cache has room for 0 tokens, got 3 more",
+    ),
     ({"lengths": torch.tensor([0.0, 1, 2])}, RuntimeError, "lengths must be int32 or int64"),
     ({"key": torch.zeros(3, 2, 3, 7)}, RuntimeError, r"key must be \[3, 2, 3, 8\].*3, 7"),
     ({"value": torch.zeros(3, 2, 2, 5)}, RuntimeError, "value must be"),

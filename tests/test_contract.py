@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -194,6 +194,27 @@ def test_forward_and_backward_on_the_meta_device() -> None:
         for result in results:
             (grad,) = torch.autograd.grad(result.sum(), x)
             assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize("name", OPERATOR_NAMES)
+def test_batches_of_gradients(name: str) -> None:
+    """``is_grads_batched``, of which torch.autograd.functional's ``vectorize`` makes use: the same
+    numbers as of each gradient alone."""
+    for dtype in (torch.float32, torch.float64):
+        for problem in quick(OPERATORS[name], dtype)[:3]:
+            leaves = problem.leaves()
+            inputs = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
+            if not inputs:
+                continue
+            torch.manual_seed(0)
+            made = OPERATORS[name].ours(**leaves, **problem.options)
+            outputs = [made[key] for key in problem.grad_outputs]
+            batches = [torch.stack([g, 0 * g, 2 * g]) for g in problem.grad_outputs.values()]
+            gradients = partial(torch.autograd.grad, outputs, inputs, retain_graph=True)
+            together = gradients(batches, is_grads_batched=True)
+            for i in range(3):
+                alone = gradients([batch[i] for batch in batches])
+                torch.testing.assert_close([grad[i] for grad in together], list(alone))
 
 
 def test_every_op_has_a_reference_that_takes_everything() -> None:

@@ -256,10 +256,11 @@ def test_second_derivatives_where_a_result_depends_on_no_parameter() -> None:
         assert (grad is not None) == depends
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_backward_within_autocast(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "projected"), [("LSTM", 0), ("GRU", 0), ("LSTM", 4)])
+def test_backward_within_autocast(kind: str, projected: int) -> None:
     """Which would round some operands of a product and not the others."""
-    layer, x = getattr(nn, kind)(8, 8), torch.randn(5, 3, 8)
+    options = {"proj_size": projected} if projected else {}
+    layer, x = getattr(nn, kind)(8, 8, **options), torch.randn(5, 3, 8)
     grads = []
     for enabled in (False, True):
         for small in (0, 1 << 23):

@@ -90,6 +90,8 @@ def _validate(
         return
     if type(lengths) is not Tensor or is_transformed():
         return  # it has no numbers to look at
+    if lengths.numel() and new > room:
+        raise IndexError(f"{name}: key_cache has room for {room} tokens, got {new} more")
     held = lengths.tolist()
     if held and (min(held) < 0 or max(held) > room - new):
         raise IndexError(

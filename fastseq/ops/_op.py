@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -91,6 +92,57 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+Backward = Callable[..., tuple[Any, ...]]
+
+
+def function_backward(backward: Backward) -> Backward:
+    """What a Function's ``backward`` is decorated with, below ``staticmethod``.
+
+    The caller's ``backward()`` may run in autocast, which would cast some operands of a product
+    and not others: it is off in here. And with ``is_grads_batched`` (what ``vectorize=True`` of
+    ``torch.autograd.functional`` asks for) gradients are batches that hardly a function of torch
+    takes: each is then taken by itself.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        given = next((grad for grad in grads if grad is not None), None)
+        if given is None:
+            return backward(ctx, *grads)
+        device = given.device.type
+        if not given.is_meta and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(ctx, *grads)
+        if not torch.compiler.is_compiling() and any(
+            grad is not None and _is_batch(grad) for grad in grads
+        ):
+            return _one_by_one(backward, ctx, grads)
+        return backward(ctx, *grads)
+
+    return run
+
+
+_is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _one_by_one(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    level = torch._C._vmapmode_increment_nesting() - 1  # nobody tells it without
+    torch._C._vmapmode_decrement_nesting()
+    batches = [
+        None if grad is None or not _is_batch(grad) else torch._remove_batch_dim(grad, level, 1, 0)
+        for grad in grads
+    ]
+    size = next(len(batch) for batch in batches if batch is not None)
+    made = []
+    for i in range(size):
+        pairs = zip(grads, batches, strict=True)
+        made.append(backward(ctx, *(g if batch is None else batch[i] for g, batch in pairs)))
+    return tuple(
+        None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
+        for each in zip(*made, strict=True)
+    )
 
 
 def differentiable_gradients(

@@ -24,7 +24,7 @@ from ..backends import Candidate
 from ..reference import additive_attention as reference
 from ..reference import softmax as reference_softmax
 from ..reference.layer_norm import compute_dtype
-from ._op import define_op, differentiable_gradients, extension_op
+from ._op import define_op, differentiable_gradients, extension_op, function_backward
 from .attention_blockwise import may_hide
 from .softmax import masked_backward_op, masked_forward_op
 
@@ -318,6 +318,7 @@ class AdditiveAttentionFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         *inputs, mask = ctx.saved_tensors
         wanted: Sequence[bool] = ctx.needs_input_grad[:4]

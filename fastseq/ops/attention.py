@@ -27,7 +27,7 @@ from ..reference.attention import sequences
 from ..reference.layer_norm import compute_dtype
 from . import attention_blockwise as blockwise
 from . import attention_flash as flash
-from ._op import define_op, differentiable_gradients, extension_op
+from ._op import define_op, differentiable_gradients, extension_op, function_backward
 
 _extension_decode = extension_op("attention_decode")
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -465,6 +465,7 @@ class AttentionFunction(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @function_backward
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:

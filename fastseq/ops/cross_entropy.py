@@ -22,7 +22,7 @@ from ..backends import Candidate
 from ..reference import cross_entropy as reference
 from ..reference.layer_norm import compute_dtype
 from ..rows import as_rows, flat
-from ._op import define_op, differentiable_gradients, extension_op
+from ._op import define_op, differentiable_gradients, extension_op, function_backward
 
 _extension_forward = extension_op("cross_entropy_forward")
 _extension_backward = extension_op("cross_entropy_backward")
@@ -388,6 +388,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return (loss, (maximum + log_sum).view(target.shape)) if return_lse else loss
 
     @staticmethod
+    @function_backward
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None
     ) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from ..random import keep_mask, keep_scale, threshold
 from ..reference import embedding as reference
 from ..reference.layer_norm import compute_dtype
 from ..rows import as_rows, flat
-from ._op import define_op, extension_op
+from ._op import define_op, extension_op, function_backward
 
 _extension_forward = extension_op("embedding_forward")
 _extension_backward = extension_op("embedding_backward")
@@ -317,6 +317,7 @@ class TokenPositionEmbeddingFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         ids, positions, segments, seed = ctx.saved_tensors
         offset, scale, dropout_p, rows, skip = ctx.options

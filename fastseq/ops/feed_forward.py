@@ -20,7 +20,7 @@ from ..random import keep_scale, threshold
 from ..reference import feed_forward as reference
 from ..reference.feed_forward import ACTIVATIONS
 from ..rows import as_rows, flat
-from ._op import define_op, differentiable_gradients, extension_op
+from ._op import define_op, differentiable_gradients, extension_op, function_backward
 
 _extension_forward = extension_op("feed_forward_forward")
 _extension_backward = extension_op("feed_forward_backward")
@@ -306,6 +306,7 @@ class FeedForwardFunction(torch.autograd.Function):
         return F.linear(between, weight2, bias2)
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         *inputs, seed, kept = ctx.saved_tensors
         activation, dropout_p = ctx.options

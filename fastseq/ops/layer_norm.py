@@ -24,7 +24,7 @@ from ..random import keep_mask, keep_scale, threshold
 from ..reference import layer_norm as reference
 from ..reference.layer_norm import compute_dtype
 from ..rows import as_rows, flat
-from ._op import define_op, differentiable_gradients, extension_op
+from ._op import define_op, differentiable_gradients, extension_op, function_backward
 
 _extension_forward = extension_op("layer_norm_forward")
 _extension_backward = extension_op("layer_norm_backward")
@@ -421,6 +421,7 @@ class LayerNormFunction(torch.autograd.Function):
         return output if residual is None else (output, new_residual)
 
     @staticmethod
+    @function_backward
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_new_residual: Tensor | None = None
     ) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from ..backends import Candidate
 from ..reference import cross_entropy as reference
 from ..reference.layer_norm import compute_dtype
 from . import cross_entropy as rows
-from ._op import define_op, differentiable_gradients
+from ._op import define_op, differentiable_gradients, function_backward
 
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -292,6 +292,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         input, linear_weight, linear_bias, target, weight, *grads = ctx.saved_tensors
         ignore_index, reduction, label_smoothing, softcap, z_loss = ctx.options

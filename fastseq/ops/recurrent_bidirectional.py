@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import Candidate
 from ..reference.recurrent import Options
 from . import recurrent as alone
-from ._op import define_op, extension_op
+from ._op import define_op, extension_op, function_backward
 from .recurrent_layer import Layer, _differentiable, _gradients, _input_gates
 
 _extension_forward = extension_op("recurrent_bidirectional_forward")
@@ -220,6 +220,7 @@ class RecurrentBidirectionalFunction(torch.autograd.Function):
         return (output, h_n, c_n, cells, *second[:4])
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs, count = ctx.saved_tensors, ctx.needs_input_grad, len(Layer._fields)
         if all(grad is None for grad in grads):

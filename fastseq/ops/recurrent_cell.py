@@ -11,7 +11,7 @@ from ..backends import Candidate
 from ..reference import recurrent as reference
 from ..reference.layer_norm import compute_dtype
 from ..reference.recurrent import GATES, SAVED
-from ._op import define_op, extension_op
+from ._op import define_op, extension_op, function_backward
 from .recurrent import KINDS
 
 _extension_forward = extension_op("recurrent_cell_forward")
@@ -188,6 +188,7 @@ class RecurrentCellFunction(torch.autograd.Function):
         return h_new, c_new
 
     @staticmethod
+    @function_backward
     def backward(
         ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ from ..reference import recurrent as reference
 from ..reference.layer_norm import layer_norm as reference_layer_norm
 from ..reference.recurrent import Options, Parameters
 from . import layer_norm
-from ._op import _is_plain, extension_op
+from ._op import _is_plain, extension_op, function_backward
 from .recurrent import backward_op, forward_op
 
 _extension_input_gates = extension_op("recurrent_input_gates")
@@ -209,6 +209,7 @@ class RecurrentFunction(torch.autograd.Function):
         return output, h_n, c_n, cells
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, options, needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
         rest = (None,) * (len(needs) - _INPUTS)
@@ -313,11 +314,6 @@ def _gradients(
     Args:
         taken: see :func:`_taken`; gates_x and gates_h have these rows alone.
     """
-    device = gates_x.device.type
-    # Around the caller's backward() it would cast some operands of a product and not the others.
-    if not gates_x.is_meta and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _gradients(gates_x, gates_h, rows, layer, output, options, needs, taken)
     x, weight_ih, reverse = layer.x, layer.weight_ih, options.reverse
     # With layer norm biases come after the products.
     shared, norm = options.kind != "gru", layer.norm_hh is not None

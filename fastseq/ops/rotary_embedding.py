@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Candidate
 from ..reference import rotary_embedding as reference
 from ..rows import as_rows, flat
-from ._op import define_op, extension_op
+from ._op import define_op, extension_op, function_backward
 
 _extension_rotate = extension_op("rotary_embedding")
 
@@ -126,6 +126,7 @@ class RotaryEmbeddingFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         offset, interleaved, inverse = ctx.options
         grad = RotaryEmbeddingFunction.apply(  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from ..backends import Candidate, current_backend
 from ..reference import softmax as reference
 from ..reference.layer_norm import compute_dtype
 from ..rows import as_rows, fold
-from ._op import define_op, extension_op
+from ._op import define_op, extension_op, function_backward
 
 _extension_forward = extension_op("softmax_forward")
 _extension_backward = extension_op("softmax_backward")
@@ -421,6 +421,7 @@ class SoftmaxFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         (output,) = ctx.saved_tensors
         if _must_be_differentiable():
@@ -450,6 +451,7 @@ class MaskedSoftmaxFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @function_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         (output,) = ctx.saved_tensors
         need_input, need_mask = ctx.needs_input_grad[:2]
