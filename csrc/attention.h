@@ -36,26 +36,39 @@ struct ScoreTerms {
   int64_t row_offset = 0, row_pitch = 0;
 };
 
-// A piece of the scores: [count_n, count_g, count_i, keys], of key heads first_n on (counted
-// through all batches), the queries of heads first_g on of their group, and keys first_key on.
-struct ScorePiece {
+// Rows of elements side by side, [batch, heads, length].
+struct HeadRows {
+  void* data = nullptr;
+  int64_t stride[3] = {0, 0, 0};
+};
+
+// A number for each query, [batch, heads, queries], the queries side by side.
+struct Statistic {
+  float* data = nullptr;  // null: absent
+  int64_t stride[2] = {0, 0};
+};
+
+// Many queries and keys. Backward the keys may be some of those that lse is of: delta is of all.
+// Where they are all and in one tile, delta comes from the row itself (absent), which is nearer the
+// truth where one key has nearly all the weight.
+struct Attention {
   ScoreTerms terms;
-  int64_t count_n = 0, count_g = 0, count_i = 0, keys = 0;
-  int64_t first_n = 0, first_g = 0, first_i = 0, first_key = 0;
-  int64_t queries = 0;              // row length of lse and delta, [batch, heads, queries]
-  float* scores = nullptr;          // q . k
-  Vector probabilities;             // dropped out; may be the scores themselves
-  float* lse = nullptr;             // written forward, read backward
-  float* grad = nullptr;            // backward: dp, and of it the gradient of the bias
-  Vector grad_scores;               // backward: times cap'; may be grad itself
-  const float* grad_lse = nullptr;  // backward: of every query; null: none
-  // Backward: delta of every query, where these keys are only some of those that lse is of; null:
-  // it is summed up here.
-  const float* delta = nullptr;
-  // Backward: a row's probabilities add up to 1, nothing (sinks, other keys) being left out. What
-  // lse's rounding has taken from that is divided out of delta then: a large delta times it would
-  // be the largest error there is.
-  bool whole = false;
+  int64_t batch = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
+  DType dtype = DType::f32;
+  HeadRows query, key, value, output;  // output: written forward, read backward
+  Statistic lse;                       // likewise
+  HeadRows grad_output, grad_query, grad_key, grad_value;
+  Statistic grad_lse, delta;
+  bool whole = false;  // probabilities of these keys add up to 1: no sink has a part
+  // [splits, batch, heads, queries, pitch]: each split has every splits-th tile of keys.
+  float* partial = nullptr;
+  int64_t splits = 1, pitch = 0;
+  float* grad_bias = nullptr;  // added to; null: not wanted. Stride 0 where it is summed.
+  int64_t grad_bias_stride[4] = {0, 0, 0, 0};
+  // Whether one gradient of a bias is of all batches, and of all heads.
+  bool over_batch = false, over_heads = false;
+  int32_t* finite = nullptr;  // becomes 0 where a result is not
+  int64_t key_heads() const { return terms.heads / terms.group; }
 };
 
 // Few queries against many keys.

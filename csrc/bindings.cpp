@@ -31,16 +31,16 @@ STABLE_TORCH_LIBRARY(fastseq_C, m) {
   m.def("cpu_instruction_set() -> str");
   m.def("cuda_architectures() -> str");
   m.def(
-      "attention_forward_rows(Tensor(a!) scores, Tensor(b!) probabilities, Tensor(c!) lse, "
-      "Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed, float scale, "
-      "float softcap, int threshold, float keep_scale, int[] geometry) -> ()");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor(a!) output, Tensor(b!) "
+      "lse, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed, float scale, "
+      "float softcap, int threshold, float keep_scale, int[] geometry) -> bool");
   m.def(
-      "attention_backward_rows(Tensor(a!) scores, Tensor(b!) grad, Tensor(c!) probabilities, "
-      "Tensor(d!) grad_scores, Tensor lse, Tensor? grad_lse, Tensor? delta, bool whole, Tensor? "
-      "bias, "
-      "Tensor? mask, Tensor? slopes, Tensor? seed, float scale, float softcap, int threshold, "
-      "float keep_scale, "
-      "int[] geometry) -> ()");
+      "attention_backward(Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+      "Tensor grad_output, Tensor? grad_lse, Tensor? delta, bool whole, Tensor(a!) grad_query, "
+      "Tensor(b!) "
+      "grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, Tensor? bias, Tensor? mask, Tensor? "
+      "slopes, Tensor? seed, float scale, float softcap, int threshold, float keep_scale, int[] "
+      "geometry) -> bool");
   m.def(
       "attention_decode(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
       "Tensor? slopes, Tensor? sinks, Tensor? key_lengths, float scale, float softcap, int left, "
@@ -141,8 +141,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_C, CPU, m) {
-  m.impl("attention_forward_rows", TORCH_BOX(&fastseq::attention_forward_rows_cpu));
-  m.impl("attention_backward_rows", TORCH_BOX(&fastseq::attention_backward_rows_cpu));
+  m.impl("attention_forward", TORCH_BOX(&fastseq::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&fastseq::attention_backward_cpu));
   m.impl("attention_decode", TORCH_BOX(&fastseq::attention_decode_cpu));
   m.impl("layer_norm_forward", TORCH_BOX(&fastseq::layer_norm_forward_cpu));
   m.impl("layer_norm_backward", TORCH_BOX(&fastseq::layer_norm_backward_cpu));

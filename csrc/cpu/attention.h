@@ -7,10 +7,16 @@
 namespace fastseq {
 
 struct AttentionCpu {
-  // Rows [begin, end) of count_n * count_g * count_i: scores to probabilities and lse.
-  void (*forward_rows)(const ScorePiece& args, int64_t begin, int64_t end);
-  // Scores, their gradients before the softmax and lse to probabilities and gradients.
-  void (*backward_rows)(const ScorePiece& args, int64_t begin, int64_t end);
+  // Tasks [begin, end) of batch * heads * parts of task_queries queries.
+  void (*forward)(const Attention& args, int64_t begin, int64_t end);
+  // Tasks [begin, end) of the (key) heads that have a gradient of a bias of their own, all of them
+  // where none is wanted, * splits.
+  void (*backward)(const Attention& args, int64_t begin, int64_t end);
+  // Rows [begin, end) of batch * heads * queries: before backward, and after it.
+  void (*delta)(const Attention& args, int64_t begin, int64_t end);
+  void (*grad_query)(const Attention& args, int64_t begin, int64_t end);
+  int64_t (*pitch)(int64_t head_dim);
+  int64_t task_queries, tile_keys;
   // Tasks [begin, end) of batch * key heads * splits.
   void (*decode)(const Decode& args, int64_t begin, int64_t end);
   // Key heads [begin, end) of batch * key heads: their splits become one result.

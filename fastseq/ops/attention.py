@@ -27,6 +27,7 @@ from ..reference.attention import sequences
 from ..reference.layer_norm import compute_dtype
 from . import attention_blockwise as blockwise
 from . import attention_flash as flash
+from . import attention_tiles as tiles
 from ._op import define_op, differentiable_gradients, extension_op, function_backward
 
 _extension_decode = extension_op("attention_decode")
@@ -153,11 +154,6 @@ def _backward_outputs(a: Backward) -> Tensors4:
 # --- Triton --------------------------------------------------------------------------------------
 
 
-def _contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With the elements of a row side by side, copied where they are not."""
-    return tuple(t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
 def _forward_by_triton(a: Forward) -> tuple[Tensor, Tensor]:
     # Here, not above: without Triton the rest still works.
     from ..kernels import attention, attention_decode
@@ -166,7 +162,7 @@ def _forward_by_triton(a: Forward) -> tuple[Tensor, Tensor]:
     if a.cu_seqlens_q is not None:  # queries behind the last sequence are nobody's
         output.zero_()
         lse.fill_(-math.inf)
-    query, key, value = _contiguous_rows(a.query, a.key, a.value)
+    query, key, value = tiles.contiguous_rows(a.query, a.key, a.value)
     a = a._replace(query=query, key=key, value=value)
     kernels = attention_decode if attention_decode.serves(a) else attention
     kernels.forward(a, output, lse)
@@ -180,7 +176,7 @@ def _backward_by_triton(a: Backward) -> Tensors4:
     if a.cu_seqlens_q is not None:
         for grad in grads:
             grad.zero_()
-    query, key, value, grad_output, output = _contiguous_rows(
+    query, key, value, grad_output, output = tiles.contiguous_rows(
         a.query, a.key, a.value, a.grad_output, a.output
     )
     a = a._replace(query=query, key=key, value=value, grad_output=grad_output, output=output)
@@ -191,12 +187,7 @@ def _backward_by_triton(a: Backward) -> Tensors4:
 # --- blockwise -----------------------------------------------------------------------------------
 
 
-def dense_problem(a: Forward) -> blockwise.Problem:
-    """The arguments of one dense problem, for torch's operations."""
-    return _problem(a, by_extension=False)
-
-
-def _problem(a: Forward | Backward, *, by_extension: bool) -> blockwise.Problem:
+def dense_problem(a: Forward | Backward) -> blockwise.Problem:
     """The whole as one dense problem, whose parts :func:`_parts` cuts out of it."""
     batch, heads, queries, _ = a.query.shape
     keys = a.key.shape[2]
@@ -222,7 +213,6 @@ def _problem(a: Forward | Backward, *, by_extension: bool) -> blockwise.Problem:
         dropout_p=a.dropout_p,
         row_offset=0,
         row_pitch=queries,
-        by_extension=by_extension,
     )
 
 
@@ -280,8 +270,9 @@ def _forward_blockwise(a: Forward, *, by_extension: bool) -> tuple[Tensor, Tenso
     if a.cu_seqlens_q is not None:
         output.zero_()
         lse.fill_(-math.inf)
-    for part, problem in _parts(a, _problem(a, by_extension=by_extension)):
-        blockwise.forward(problem, output[part.b, :, part.i], lse[part.b, :, part.i])
+    forward = tiles.forward if by_extension else blockwise.forward
+    for part, problem in _parts(a, dense_problem(a)):
+        forward(problem, output[part.b, :, part.i], lse[part.b, :, part.i])
     return output, lse
 
 
@@ -292,21 +283,24 @@ def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
         for grad in grads:
             grad.zero_()
     grad_bias = grads[3].zero_() if a.bias_gradient else None
-    for (b, i, j), problem in _parts(a, _problem(a, by_extension=by_extension)):
+    for (b, i, j), problem in _parts(a, dense_problem(a)):
         part_of_bias = grad_bias
         if grad_bias is not None and several:
             rows = b if grad_bias.shape[0] > 1 else slice(0, 1)
             columns = j if grad_bias.shape[3] > 1 else slice(0, 1)
             part_of_bias = grad_bias[rows, :, :, columns]
-        blockwise.backward(
-            problem,
-            a.grad_output[b, :, i],
+        statistics = (
             a.lse[b, :, i],
             None if a.grad_lse is None else a.grad_lse[b, :, i],
             None if a.delta is None else a.delta[b, :, i],
-            (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j]),
-            part_of_bias,
         )
+        made = (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j])
+        grad_output = a.grad_output[b, :, i]
+        if by_extension:
+            output = a.output[b, :, i]
+            tiles.backward(problem, grad_output, output, *statistics, made, part_of_bias)
+        else:
+            blockwise.backward(problem, grad_output, *statistics, made, part_of_bias)
     return grads
 
 
@@ -326,9 +320,9 @@ def decodes(a: Forward) -> bool:
 def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
     if not decodes(a):
         return _forward_blockwise(a, by_extension=True)
-    whole = _problem(a, by_extension=True)
+    whole = dense_problem(a)
     output = _forward_outputs(a)[0]
-    query, key, value = _contiguous_rows(a.query, a.key, a.value)
+    query, key, value = tiles.contiguous_rows(a.query, a.key, a.value)
     lengths = None if a.key_lengths is None else a.key_lengths.to(torch.int64).contiguous()
     made, made_lse = _extension_decode(
         query,

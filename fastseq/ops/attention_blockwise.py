@@ -30,10 +30,6 @@ from torch import Tensor
 from ..random import bits_at, keep_scale, threshold
 from ..reference.attention import visible_positions
 from ..reference.layer_norm import compute_dtype
-from ._op import extension_op
-
-_forward_rows = extension_op("attention_forward_rows")
-_backward_rows = extension_op("attention_backward_rows")
 
 #: Scores of a block, by device. On the CPU 2 MB in fp32: they stay in the caches between the
 #: products. On others as many as keep the launches from showing.
@@ -52,7 +48,6 @@ class Problem:
         shift: query i stands beside key ``i + shift``.
         row_offset, row_pitch: the dropout row of query i of head h of batch b is
             ``row_offset + (b * H + h) * row_pitch + i``.
-        by_extension: whether C++ kernels do what lies between the products.
     """
 
     query: Tensor
@@ -71,7 +66,6 @@ class Problem:
     dropout_p: float
     row_offset: int
     row_pitch: int
-    by_extension: bool
 
     @cached_property
     def group(self) -> int:
@@ -295,43 +289,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def _arguments(p: Problem, piece: Piece, *, backward: bool = False) -> tuple[object, ...]:
-    """What the C++ kernels take last."""
-    dropout = (0, 1.0) if p.seed is None else (threshold(p.dropout_p), keep_scale(p.dropout_p))
-    geometry = [
-        p.query.shape[1],
-        p.group,
-        p.shift,
-        p.window_left,
-        p.window_right,
-        p.row_offset,
-        p.row_pitch,
-        piece.n.start,
-        piece.g.start,
-        piece.i.start,
-        piece.j.start,
-        p.query.shape[2],
-    ]
-    sinks = () if backward else (p.sinks,)
-    return (p.bias, p.mask, p.slopes, *sinks, p.seed, p.scale, p.softcap, *dropout, geometry)
-
-
-class _Buffers:
-    """Memory for the blocks of one call, taken once."""
-
-    def __init__(self, p: Problem) -> None:
-        self._device = p.query.device
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        elements = math.prod(shape)
-        buffer = self._kept.get(name)
-        if buffer is None or buffer.numel() < elements or buffer.dtype != dtype:
-            buffer = torch.empty(elements, dtype=dtype, device=self._device)
-            self._kept[name] = buffer
-        return buffer[:elements].view(shape)
-
-
 class _Wide:
     """A tensor ``[n, L, *]`` in the compute dtype, converted head by head as it is needed."""
 
@@ -368,15 +325,14 @@ def weights_by_piece(p: Problem) -> Iterator[tuple[Piece, Tensor, Tensor]]:
 
 def forward(p: Problem, output: Tensor, lse: Tensor) -> None:
     """Fills ``output`` and ``lse``, ``[B, H, Lq, Dv]`` and ``[B, H, Lq]``, of any strides."""
-    width, dtype = p.value.shape[3], p.query.dtype
+    width = p.value.shape[3]
     query, keys, value = p.by_head(p.query), p.by_key_head(p.key), p.by_key_head(p.value)
     careful = p.hides and may_hide(p.value)
-    by_extension = p.by_extension and not careful
     statistics = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=_DENSE)
     lse_by_head = statistics.view(query.shape[:3])
     shape = (*query.shape[:3], width)
     results = output.view(shape) if output.is_contiguous() else output.new_empty(shape)
-    buffers, wide_keys = _Buffers(p), _Wide(keys)
+    wide_keys = _Wide(keys)
     for piece in _pieces(p):
         n, g, i, j = piece
         heads, group, rows, columns = piece.shape
@@ -384,17 +340,11 @@ def forward(p: Problem, output: Tensor, lse: Tensor) -> None:
             results[n, g, i] = 0.0
             lse_by_head[n, g, i] = _lse_of_nothing(p, piece)
             continue
-        products = buffers("products", piece.shape, compute_dtype(dtype))
         flat = (heads, group * rows, columns)
         wide_query = _wide(query[n, g, i].reshape(heads, group * rows, -1))
-        torch.bmm(wide_query, wide_keys[n][:, j].mT, out=products.view(flat))
-        visible = None
-        if by_extension:
-            weights = buffers("weights", piece.shape, dtype) if dtype != _F32 else products
-            _forward_rows(products, weights, statistics, *_arguments(p, piece))
-        else:
-            weights, visible = _forward_by_torch(p, products, piece, lse_by_head[n, g, i])
-        if careful and visible is not None:
+        products = torch.bmm(wide_query, wide_keys[n][:, j].mT).view(piece.shape)
+        weights, visible = _forward_by_torch(p, products, piece, lse_by_head[n, g, i])
+        if careful:
             product = _careful(weights.view(flat), value[n, j], visible.reshape(flat))
         else:
             product = torch.bmm(weights.view(flat), value[n, j])
@@ -405,7 +355,6 @@ def forward(p: Problem, output: Tensor, lse: Tensor) -> None:
         lse.copy_(statistics)
 
 
-_F32 = torch.float32
 _DENSE = torch.contiguous_format
 
 
@@ -436,8 +385,6 @@ def backward(
     query, keys, value = p.by_head(p.query), p.by_key_head(p.key), p.by_key_head(p.value)
     grad_by_head = p.by_head(grad_output)
     careful = p.hides and may_hide(p.query, p.key, p.value, grad_output)
-    softcap_with_bias = bool(p.softcap) and grad_bias is not None and dtype == _F32
-    by_extension = p.by_extension and not careful and not softcap_with_bias
     statistics = lse.contiguous()
     lse_by_head = statistics.view(query.shape[:3])
     grad_lse_by_head = None
@@ -451,45 +398,31 @@ def backward(
     grad_query = query.new_zeros(query.shape)
     grad_key, grad_value = grads[1].new_zeros(keys.shape), grads[2].new_zeros(value.shape)
     sums = _Sums(p, grad_key, grad_value)
-    buffers, wide_keys, wide_value = _Buffers(p), _Wide(keys), _Wide(value)
+    wide_keys, wide_value = _Wide(keys), _Wide(value)
     for piece in _pieces(p):
         n, g, i, j = piece
         heads, group, rows, columns = piece.shape
         if not columns:
             continue
         flat = (heads, group * rows, columns)
-        products = buffers("products", piece.shape, compute_dtype(dtype))
-        grad = buffers("grad", piece.shape, compute_dtype(dtype))
         q = query[n, g, i].reshape(heads, group * rows, -1)
         g_out = grad_by_head[n, g, i].reshape(heads, group * rows, -1)
-        torch.bmm(_wide(q), wide_keys[n][:, j].mT, out=products.view(flat))
-        torch.bmm(_wide(g_out), wide_value[n][:, j].mT, out=grad.view(flat))
-        visible = None
-        if by_extension:
-            weights, raw = products, grad
-            if dtype != _F32:
-                weights = buffers("weights", piece.shape, dtype)
-                raw = buffers("raw", piece.shape, dtype)
-            arguments = _arguments(p, piece, backward=True)
-            whole = p.sinks is None and delta is None
-            _backward_rows(
-                products, grad, weights, raw, statistics, grad_lse, delta, whole, *arguments
-            )
-        else:
-            weights, grad, raw, visible = _backward_by_torch(
-                p,
-                products,
-                grad,
-                piece,
-                lse_by_head[n, g, i],
-                None if grad_lse_by_head is None else grad_lse_by_head[n, g, i],
-                None if delta_by_head is None else delta_by_head[n, g, i],
-            )
-            weights, raw = weights.to(dtype), raw.to(dtype)
+        products = torch.bmm(_wide(q), wide_keys[n][:, j].mT).view(piece.shape)
+        grad = torch.bmm(_wide(g_out), wide_value[n][:, j].mT).view(piece.shape)
+        weights, grad, raw, visible = _backward_by_torch(
+            p,
+            products,
+            grad,
+            piece,
+            lse_by_head[n, g, i],
+            None if grad_lse_by_head is None else grad_lse_by_head[n, g, i],
+            None if delta_by_head is None else delta_by_head[n, g, i],
+        )
+        weights, raw = weights.to(dtype), raw.to(dtype)
         if grad_bias is not None:
             _add_bias_gradient(p, grad_bias, grad, piece)
         weights, raw = weights.reshape(flat), raw.reshape(flat)
-        if careful and visible is not None:
+        if careful:
             visible = visible.reshape(flat)
             product = _careful(raw, keys[n, j], visible)
             sums.add(
