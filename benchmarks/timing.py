@@ -21,8 +21,10 @@ import fastseq
 from .memory import faults_so_far, settle_heap
 from .statistics import Samples
 
-#: A run is made of as many calls as it takes to last this long, so that clocks resolve it.
-CPU_RUN_SECONDS = 300e-6
+#: A run is made of as many calls as it takes to last this long, so that clocks resolve it and that
+#: its start counts little: a call finds another variant's code and data in the caches, which after
+#: torch's loop over steps takes a recurrent layer of 0.3 ms as long again.
+CPU_RUN_SECONDS = 2e-3
 GPU_RUN_SECONDS = 1e-3
 MAX_CALLS = 256
 #: Rounds: as many as the sampling time has room for. The minimum may take four times as long, or
