@@ -387,7 +387,9 @@ def _stack(
             x = torch.where((time < lengths)[:, :, None], x, 0.0)
     x = x.contiguous()
     layers = shape.num_layers * shape.directions
-    starts = [[state[n] for state in states] for n in range(layers)] if states else []
+    # Their gradients are views of one layer's, and one stack of several's.
+    each_layer = [state.unbind() if layers > 1 else (state.squeeze(0),) for state in states]
+    starts = [list(start) for start in zip(*each_layer, strict=True)]
     if not starts:
         hidden, state = params[0].shape[0] // GATES[kind], params[1].shape[1]
         # Nobody writes to them: all layers can have the same ones.
