@@ -74,7 +74,7 @@ class Code:
     def usage(self, name: str, threads: int, shared_bytes: int) -> Usage:
         """What it takes in a launch with so many threads and bytes of shared memory a block."""
         opcodes = [opcode for _, opcode, _ in self.lines]
-        loops = _innermost(self.lines)
+        loops = innermost(self.lines)
         return Usage(
             kernel=name,
             threads=threads,
@@ -160,20 +160,32 @@ _LOCAL = r"(LDL|STL)\b"
 _PRODUCT = r"(HMMA|HGMMA|UTC[A-Z]*MMA)\b"
 
 
-def _innermost(lines: list[tuple[str, str, str]]) -> list[list[str]]:
+def innermost(lines: list[tuple[str, str, str]]) -> list[list[str]]:
     """The opcodes of every loop that has none inside."""
+    spans = _loops(lines)
+    return [
+        loop
+        for (a, b), loop in spans.items()
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
+    ]
+
+
+def loops(lines: list[tuple[str, str, str]]) -> list[list[str]]:
+    """The opcodes of every loop."""
+    return list(_loops(lines).values())
+
+
+def _loops(lines: list[tuple[str, str, str]]) -> dict[tuple[int, int], list[str]]:
+    """By where they begin and end: at a branch back."""
     addresses = [int(address, 16) for address, _, _ in lines]
     opcodes = [opcode for _, opcode, _ in lines]
-    spans = []
+    found = {}
     for end, (address, opcode, operands) in enumerate(lines):
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) < int(address, 16):
-            spans.append((bisect_left(addresses, int(target[1], 16)), end + 1))
-    return [
-        opcodes[a:b]
-        for a, b in spans
-        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
-    ]
+            begin = bisect_left(addresses, int(target[1], 16))
+            found[begin, end + 1] = opcodes[begin : end + 1]
+    return found
 
 
 def _hottest(loops: list[list[str]]) -> list[str]:

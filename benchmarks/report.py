@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from . import latency
 from .console import Console, Table, Text
 from .goals import OURS, Goal, look
 from .providers import BASELINE
@@ -179,6 +180,8 @@ def show_environment(results: Results, console: Console) -> None:
         console.print(
             f"ceilings: {where}copy {found['copy'] / 1e9:.1f} GB/s, matmul TFLOP/s {matmul}{launch}"
         )
+        if "latency" in found:
+            console.print(f"waits: {latency.summary(found['latency'])}")
 
 
 # --- Markdown ------------------------------------------------------------------------------------

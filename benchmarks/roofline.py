@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._ptx import Usage
+from ._sass import Usage
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Chip:
     hertz: float
     bytes_per_second: float
     flops: float  # dense, 16 bits
+    shared_bytes: int  # of a multiprocessor
 
 
 #: By architecture: A100 80 GB SXM, H200 SXM, B200.
 CHIPS = {
-    80: Chip("A100", 108, 1.41e9, 2.039e12, 312e12),
-    90: Chip("H200", 132, 1.755e9, 4.8e12, 989e12),
-    100: Chip("B200", 148, 1.85e9, 8.0e12, 2250e12),
+    80: Chip("A100", 108, 1.41e9, 2.039e12, 312e12, 164 << 10),
+    90: Chip("H200", 132, 1.755e9, 4.8e12, 989e12, 228 << 10),
+    100: Chip("B200", 148, 1.85e9, 8.0e12, 2250e12, 228 << 10),
 }
 
 
@@ -55,6 +56,25 @@ class Estimate:
     def memory_share(self) -> float:
         """How near to the memory's speed the loop can come: 1 where memory bounds it."""
         return self.memory / max(self.issue, self.special, self.tensor, self.memory)
+
+
+#: Of a multiprocessor, alike on all of CHIPS: threads, blocks, 32-bit registers.
+_THREADS, _BLOCKS, _REGISTERS = 2048, 32, 65536
+#: Shared memory that the system takes of each block.
+_RESERVED = 1 << 10
+
+
+def occupancy(usage: Usage, architecture: int) -> float:
+    """The part of a multiprocessor's threads that live at once, launched as ``usage`` says."""
+    warps = -(-usage.threads // 32)
+    registers = -(-max(1, usage.registers) // 8) * 8 * 32 * warps  # allotted by eights
+    blocks = min(
+        _BLOCKS,
+        _THREADS // (32 * warps),
+        _REGISTERS // registers,
+        CHIPS[architecture].shared_bytes // (usage.shared_bytes + _RESERVED),
+    )
+    return blocks * 32 * warps / _THREADS
 
 
 def estimate(usage: Usage, architecture: int) -> Estimate:

@@ -13,7 +13,7 @@ import fastseq
 from fastseq.backends import BackendError, Decision, recorded
 from fastseq.testing import Problem, make_problem
 
-from . import ceilings, memory
+from . import ceilings, latency, memory
 from .gate import Admitted, Gate, Probe, in_a_line, raise_if_lost, skipped
 from .points import Point
 from .providers import BASELINE, backends_used, make_variant, providers_of
@@ -161,6 +161,9 @@ class Runner:
             usual = 0.5 if self.settings.budget is None else ASKED_SECONDS
             seconds = min(usual, self.settings.group_seconds)
             found = ceilings.measure(self.settings.device, dtypes, seconds)
+            if self.settings.device.type == "cuda" and self.settings.suite != "smoke":
+                capability = torch.cuda.get_device_capability(self.settings.device)
+                found["latency"] = latency.measure(latency.architecture_of(capability))
             self.results.ceilings[str(count)] = found
 
     def _thread_counts(self) -> Sequence[int]:

@@ -59,12 +59,12 @@ def test_the_hottest_loop_is_found_and_bounded():
 
     lines = _sass._instructions(SASS)
     assert len(lines) == 12
-    loop = _sass._loop(_sass._hottest(_sass._innermost(lines)), warps=8)
+    loop = _sass._loop(_sass._hottest(_sass.innermost(lines)), warps=8)
     assert loop == _sass.Loop(
         instructions=5, special=1, bytes=18, tensor_flops=2 * 2 * 64 * 128 * 16
     )
     straight = [line for line in lines if line[1] != "BRA"]
-    assert not _sass._innermost(straight)
+    assert not _sass.innermost(straight)
     assert _sass._loop([opcode for _, opcode, _ in straight], warps=4).bytes == 16 + 16 + 2 + 16
 
     kernel = _sass.Usage("kernel", 256, *[0] * 13, loop)

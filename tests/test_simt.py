@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import _nvcc
+
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
-from simt import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 Layout = Callable[[int, int], tuple[int, int]]
@@ -448,13 +449,13 @@ INSTRUCTIONS = {
 }
 
 
-@pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(_nvcc.nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_checks_are_cuda(arch: str) -> None:
     folder = ROOT / "tests" / "simt"
     report = {}
     for name in ("checks_group", "checks_warp"):
-        report |= nvcc.nvcc_report(folder / f"{name}.cpp", arch)
+        report |= _nvcc.report(folder / f"{name}.cpp", arch)
     for name, expected in INSTRUCTIONS.items():
         if arch == "sm_80" and name.startswith(("cluster", "transfer")):
             continue  # traps there

@@ -1,4 +1,4 @@
-"""LayerNorm's CUDA kernels without a GPU: run in the emulation, and what nvcc makes of them."""
+"""LayerNorm's CUDA kernels without a GPU: run in the emulation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
-from simt import layer_norm, nvcc
+from simt import layer_norm
 from simt.layer_norm import Norm, check_backward, check_forward, run_backward, run_forward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,74 +165,3 @@ def test_layer_norm_has_no_race(host: simt_host.Host) -> None:
             for norm in (PLAIN[1], RESIDUAL[3]):
                 check_forward(running, norm, (5, length))
                 check_backward(running, norm, (5, length))
-
-
-# What nvcc makes of the kernels.
-
-# Registers of a thread on sm_80, sm_90a and sm_100, as compiled by nvcc 13.0. More than recorded
-# means fewer threads on an SM: find out why before raising a figure.
-REGISTERS = {
-    "forward_kernel<1, 4, false>": (40, 40, 40),
-    "forward_kernel<1, 4, true>": (38, 42, 40),
-    "forward_kernel<1, 16, false>": (56, 56, 62),
-    "forward_kernel<1, 16, true>": (63, 63, 64),
-    "forward_kernel<4, 1, false>": (38, 37, 40),
-    "forward_kernel<4, 1, true>": (42, 42, 40),
-    "forward_kernel<4, 4, false>": (44, 47, 48),
-    "forward_kernel<4, 4, true>": (64, 64, 62),
-    "forward_kernel<8, 1, false>": (52, 50, 48),
-    "forward_kernel<8, 1, true>": (56, 56, 60),
-    "forward_kernel<8, 4, false>": (58, 60, 64),
-    "forward_kernel<8, 4, true>": (128, 128, 111),
-    "forward_long_kernel<1>": (38, 32, 32),
-    "forward_long_kernel<4>": (32, 30, 35),
-    "forward_long_kernel<8>": (57, 57, 54),
-    "backward_kernel<1, 4>": (63, 60, 64),
-    "backward_kernel<1, 16>": (128, 128, 126),
-    "backward_kernel<4, 1>": (60, 63, 58),
-    "backward_kernel<4, 4>": (128, 128, 128),
-    "backward_kernel<8, 1>": (74, 75, 100),
-    "backward_kernel<8, 2>": (127, 128, 128),
-    "backward_long_kernel<1>": (47, 39, 51),
-    "backward_long_kernel<4>": (47, 39, 52),
-    "backward_long_kernel<8>": (51, 44, 64),
-    "column_sums_kernel<1>": (26, 29, 28),
-    "column_sums_kernel<4>": (38, 27, 28),
-    "column_sums_kernel<8>": (54, 42, 47),
-    "finish_columns_kernel": (29, 28, 31),
-}
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-
-
-def wide_accesses(name: str) -> tuple[int, int] | None:
-    """The 128-bit loads and stores that the kernels with rows in registers must have.
-
-    A vector of 8 is one access for a 16-bit dtype and two for float32, both present since the dtype
-    is a run-time value; a vector of 4 is 128 bits for float32 only.
-    """
-    kernel, _, rest = name.rstrip(">").partition("<")
-    if kernel not in ("forward_kernel", "backward_kernel"):
-        return None
-    vector, chunks, *residual = rest.split(", ")
-    either, float32 = {"8": (3, 2), "4": (1, 1), "1": (0, 0)}[vector]
-    if kernel == "forward_kernel":  # input weight bias residual; output new_residual
-        added = int(residual == ["true"])
-        return (3 + added) * int(chunks) * either, (1 + added) * int(chunks) * either
-    # grad_output x grad_new_residual weight; grad_x grad_input and two rows of partial sums
-    return 4 * int(chunks) * either, 2 * int(chunks) * (either + float32)
-
-
-@pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_codegen(arch: str) -> None:
-    report = nvcc.nvcc_report(ROOT / "csrc" / "cuda" / "layer_norm.cu", arch)
-    assert set(report) == set(REGISTERS)
-    for name, kernel in report.items():
-        assert (kernel.spill_bytes, kernel.stack_bytes, kernel.local_accesses) == (0, 0, 0), name
-        assert kernel.registers <= REGISTERS[name][ARCHITECTURES.index(arch)], name
-        assert kernel.shared_bytes <= 2048, name
-        accesses = wide_accesses(name)
-        if accesses is not None:
-            assert (kernel.loads_128, kernel.stores_128) == accesses, name
-        elif name.endswith(("<4>", "<8>")):
-            assert min(kernel.loads_128, kernel.stores_128) > 0, name

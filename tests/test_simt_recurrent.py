@@ -15,7 +15,7 @@ from fastseq import _extension
 
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
-from simt import nvcc, recurrent_faults, recurrent_table
+from simt import recurrent_faults, recurrent_table
 from simt.recurrent import (
     A100,
     Layer,
@@ -383,46 +383,6 @@ def test_every_combination(host: simt_host.Host, kind: str, arithmetic: str) -> 
     for turn, (steps, batch, hidden, blocks) in enumerate(sizes):
         layer = Layer(kind, arithmetic, steps, batch, hidden, blocks, reverse=turn % 2 == 1)
         check(host, layer, seed=turn)
-
-
-# What nvcc makes of the kernels. One file for one architecture takes it 20 s.
-
-CODE = [
-    ("lstm", "sm_90a"),
-    *itertools.product(("lstm", "gru", "rnn"), ("sm_80", "sm_90a", "sm_100")),
-]
-MOST_REGISTERS = 128  # what 512 threads leave each
-
-
-@pytest.mark.skipif(nvcc.nvcc() is None, reason="no nvcc")
-@pytest.mark.parametrize(
-    ("cell", "arch"),
-    [
-        CODE[0],
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in CODE[1:] if each != CODE[0]),
-    ],
-)
-def test_cuda_codegen(cell: str, arch: str) -> None:
-    source = simt_host.ROOT / "csrc" / "cuda" / f"recurrent_{cell}.cu"
-    report = nvcc.nvcc_report(source, arch)
-    names = {
-        f"persistent_kernel<fastseq::recurrent::{name}<{KINDS.index(cell.replace('rnn', 'tanh'))}, "
-        f"{arithmetic}, {columns}> >"
-        for name in ("Forward", "Backward")
-        for arithmetic, columns in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (3, 1))
-    }
-    assert set(report) == names
-    for name, kernel in report.items():
-        assert (kernel.spill_bytes, kernel.stack_bytes, kernel.local_accesses) == (0, 0, 0), name
-        assert kernel.registers <= MOST_REGISTERS, name
-        assert kernel.shared_bytes == 0, name  # all of it is in the plan's layout
-        exact = ", 3, 1> >" in name
-        assert ("HMMA" in kernel.opcodes) == (not exact), name
-        assert kernel.stores_128 > 0, name
-        if "Forward" in name:  # the weights; the backward's are columns, everything else is copied
-            assert kernel.loads_128 > 0, name
-        assert ("STAS" in kernel.opcodes) == (arch != "sm_80"), name  # a store that is counted
-        assert "LDGSTS" in kernel.opcodes, name  # copies beside the arithmetic
 
 
 # That the tests would notice.

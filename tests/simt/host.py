@@ -30,6 +30,7 @@ RECURRENT = (
 # A program for each, so that a change in one compiles no other.
 PROGRAMS = {
     "checks": [HERE / f"{name}.cpp" for name in ("checks", "checks_group", "checks_warp")],
+    "latency": [HERE / "latency_server.cpp"],
     "layer_norm": [HERE / "layer_norm_server.cpp", ROOT / "csrc" / "cuda" / "layer_norm.cu"],
     "recurrent": [
         HERE / "recurrent_server.cpp",
