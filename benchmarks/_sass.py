@@ -125,7 +125,10 @@ def cuobjdump(*options: str, folder: Path | None = None) -> str:
 def kernels(cubin: Path) -> list[Code]:
     """Every kernel in it, in order."""
     resources = _sections(cuobjdump("-res-usage", str(cubin)), r"Function (\S+):\n")
-    bounds = _sections(cuobjdump("-elf", str(cubin)), r"^\.nv\.info\.(\S+)\n")
+    elf = cuobjdump("-elf", str(cubin))
+    bounds = _sections(elf, r"^\.nv\.info\.(\S+)\n")
+    # From sm_90 on the figure has the system's part in it.
+    reserved = 1024 if ".nv.shared.reserved" in elf else 0
     found = []
     for symbol, code in _sections(cuobjdump("-sass", str(cubin)), r"Function : (\S+)\n").items():
         taken = resources[symbol]
@@ -137,7 +140,7 @@ def kernels(cubin: Path) -> list[Code]:
                 symbol,
                 registers=_resource(taken, "REG"),
                 local_bytes=_resource(taken, "STACK") + _resource(taken, "LOCAL"),
-                shared_bytes=_resource(taken, "SHARED"),
+                shared_bytes=max(0, _resource(taken, "SHARED") - reserved),
                 threads=int(threads[1], 16) if threads else 0,
                 lines=_instructions(code),
             )

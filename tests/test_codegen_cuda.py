@@ -131,7 +131,7 @@ def test_recurrent_kernels_are_what_the_plan_takes_them_for(
     }
     for name, code in codes.items():
         assert code.threads == 512, name
-        assert code.shared_bytes in (0, 1024), name  # all of it is in the plan's layout
+        assert code.shared_bytes == 0, name  # all of it is in the plan's layout
         assert ("HMMA" in code.opcodes) == (", 3, 1> >" not in name), name
         assert ("STAS" in code.opcodes) == (arch != "sm_80"), name  # a store that is counted
         assert "LDGSTS" in code.opcodes, name  # copies beside the arithmetic
