@@ -17,7 +17,9 @@ from .timing import Variant
 
 BASELINE = "torch"
 #: In suite ``all`` or by name only.
-ON_REQUEST = ("fastseq:torch", "fastseq:reference", "torch.compile", "flex", "torch native")
+ON_REQUEST = (
+    *("fastseq:torch", "fastseq:reference", "torch.compile", "flex", "torch native", "flashrnn"),
+)
 #: The families whose operators a compiler can fuse.
 _COMPILED = ("layer_norm", "softmax", "cross_entropy", "rotary_embedding", "feed_forward")
 
@@ -50,7 +52,7 @@ def providers_of(
     if suite == "all":
         return everything
     if suite == "baselines":
-        slow = () if operator.family in _COMPILED else ("torch.compile", "torch native")
+        slow = () if operator.family in _COMPILED else ("torch.compile", "torch native", "flashrnn")
         return [p for p in everything if not p.name.startswith("fastseq") and p.name not in slow]
     return [provider for provider in everything if provider.name not in ON_REQUEST]
 

@@ -59,12 +59,28 @@ def _rivals() -> tuple[Provider, ...]:
         from quack import cross_entropy
 
         def quack(input: Any, target: Any, weight: Any) -> dict[str, Any]:
-            return {"loss": cross_entropy(input, target, reduction="mean")}
+            return {"loss": cross_entropy(input, target, weight=weight)}
 
         found.append(Provider("quack", quack))
     except ImportError:
         pass
     return tuple(found)
+
+
+def _linear_rivals() -> tuple[Provider, ...]:
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError:
+        return ()
+
+    def quack(
+        input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any
+    ) -> dict[str, Any]:
+        if linear_bias is not None or weight is not None:
+            raise NotImplementedError("no bias, no class weights")
+        return {"loss": chunked_linear_cross_entropy(input, linear_weight, target)}
+
+    return (Provider("quack", quack),)
 
 
 def _linear_sizes(*points: tuple[int, int, int]) -> tuple[Sizes, ...]:
@@ -108,6 +124,7 @@ BENCHMARKS = (
         _LINEAR_SWEEPS,
         _linear_label,
         _linear_cost,
+        _linear_rivals,
         asked=_LINEAR_ASKED,
         slow=True,
     ),

@@ -96,20 +96,34 @@ def _rms_norm_rivals() -> tuple[Provider, ...]:
 
 
 def _add_rms_norm_rivals() -> tuple[Provider, ...]:
+    found = []
     try:
         from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+        def liger(
+            input: Any, residual: Any, normalized_shape: Any, weight: Any, eps: float
+        ) -> dict[str, Any]:
+            output, new_residual = liger_fused_add_rms_norm(
+                input, residual, weight, eps, 0.0, "llama", False
+            )
+            return {"output": output, "new_residual": new_residual}
+
+        found.append(Provider("liger", liger))
     except ImportError:
-        return ()
+        pass
+    try:
+        from quack import rmsnorm
 
-    def liger(
-        input: Any, residual: Any, normalized_shape: Any, weight: Any, eps: float
-    ) -> dict[str, Any]:
-        output, new_residual = liger_fused_add_rms_norm(
-            input, residual, weight, eps, 0.0, "llama", False
-        )
-        return {"output": output, "new_residual": new_residual}
+        def quack(
+            input: Any, residual: Any, normalized_shape: Any, weight: Any, eps: float
+        ) -> dict[str, Any]:
+            output, new_residual = rmsnorm(input, weight, residual=residual, eps=eps, prenorm=True)
+            return {"output": output, "new_residual": new_residual}
 
-    return (Provider("liger", liger),)
+        found.append(Provider("quack", quack))
+    except ImportError:
+        pass
+    return tuple(found)
 
 
 _RIVALS = {

@@ -11,7 +11,7 @@ from fastseq.reference.recurrent import GATES
 from fastseq.testing import OPERATORS, Problem
 
 from ..registry import Asked, Benchmark, Cost, Provider, Sizes, asked, nbytes
-from . import recurrent_onnx
+from . import recurrent_flashrnn, recurrent_onnx
 
 #: Of the rows, repeated as often as it takes.
 RAGGED = (128, 100, 77, 50, 31, 17, 5, 1)
@@ -128,7 +128,8 @@ def _cost(problem: Problem, mode: str) -> Cost:
 
 
 def _rivals(name: str) -> tuple[Provider, ...]:
-    """ONNX Runtime; on a GPU torch's loop of cells beside cuDNN's kernels, the baseline there."""
+    """ONNX Runtime; on a GPU torch's loop of cells beside cuDNN's kernels, the baseline there, and
+    FlashRNN."""
     if not torch.cuda.is_available():
         return recurrent_onnx.rivals()
 
@@ -136,7 +137,8 @@ def _rivals(name: str) -> tuple[Provider, ...]:
         with torch.backends.cudnn.flags(enabled=False):
             return OPERATORS[name].torch(**arguments)
 
-    return (*recurrent_onnx.rivals(), Provider("torch native", run))
+    flashrnn = recurrent_flashrnn.rivals()
+    return (*recurrent_onnx.rivals(), Provider("torch native", run), *flashrnn)
 
 
 BENCHMARKS = tuple(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastseq.testing import OPERATORS, Problem
 
-from ..registry import Benchmark, Cost, Sizes, asked, nbytes
+from ..registry import Benchmark, Cost, Provider, Sizes, asked, nbytes
 
 
 def _rows(*shapes: tuple[int, ...]) -> tuple[Sizes, ...]:
@@ -78,6 +80,20 @@ def _cost(problem: Problem, mode: str) -> Cost:
     return Cost(nbytes(input) + 2 * nbytes(grad), 4 * grad.numel())
 
 
+def _rivals() -> tuple[Provider, ...]:
+    try:
+        from quack import softmax
+    except ImportError:
+        return ()
+
+    def quack(input: Any, dim: int, dtype: Any) -> dict[str, Any]:
+        if dim != -1 or input.dim() != 2 or dtype is not None:
+            raise NotImplementedError("rows of a matrix only, in their own dtype")
+        return {"output": softmax(input)}
+
+    return (Provider("quack", quack),)
+
+
 _ASKED = {
     "softmax": asked(_LARGE, "inference", fp32=1.2, bf16=2.0),
     "softmax_dim0": (
@@ -88,7 +104,14 @@ _ASKED = {
 }
 
 BENCHMARKS = tuple(
-    Benchmark(OPERATORS[name], sweeps, _label, _cost, asked=_ASKED.get(name, ()))
+    Benchmark(
+        OPERATORS[name],
+        sweeps,
+        _label,
+        _cost,
+        _rivals if name == "softmax" else tuple,
+        asked=_ASKED.get(name, ()),
+    )
     for name, sweeps in (
         ("softmax", _SWEEPS),
         ("softmax_dim0", _FIRST_SWEEPS),
