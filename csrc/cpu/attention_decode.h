@@ -102,12 +102,13 @@ void decode_task(const Decode& args, int64_t task) {
   float* s = sums + rows * padded_v;
   float* largest = s + rows * kTileKeys;
   float* total = largest + rows;
+  const float scale = static_cast<float>(terms.scale);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = key_head * terms.group + r / args.queries;
     const M* source = static_cast<const M*>(args.query) + batch * args.query_stride[0] +
                       head * args.query_stride[1] + r % args.queries * args.query_stride[2];
     for (int64_t c = 0; c < padded; c += kWidth)
-      store(q + r * padded + c, load_some<float>(source + c, d - c));
+      store(q + r * padded + c, load_some<float>(source + c, d - c) * scale);
     for (int64_t c = 0; c < padded_v; ++c) sums[r * padded_v + c] = 0;
     largest[r] = -kInfinity;
     total[r] = 0;

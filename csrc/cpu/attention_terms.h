@@ -49,6 +49,7 @@ inline void add_bias(const Plane& bias, const RowAt& at, float* s) {
       const int64_t count = at.keys - j;
       F32x b;
       if (stride == 1) {
+        __builtin_prefetch(p + j + bias.stride[2], 0, 2);  // the next row is elsewhere
         b = load_some<float>(p + j, count);
       } else {
         M few[kWidth] = {};
@@ -73,20 +74,16 @@ inline void hide(const Plane& mask, const RowAt& at, float* s) {
   for (int64_t j = 0; j < at.keys; ++j) s[j] = p[j * stride] != 0 ? s[j] : -kInfinity;
 }
 
-// Products to scores; where factor is given, cap' of each goes there.
+// Products times scale to scores; where factor is given, cap' of each goes there.
 void apply_terms(const ScoreTerms& terms, int64_t shift, const RowAt& at, float* s, float* factor) {
   const int64_t n = at.keys;
-  const float scale = static_cast<float>(terms.scale);
   if (terms.softcap != 0) {
-    const float cap = static_cast<float>(terms.softcap), inner = scale / cap;
+    const float cap = static_cast<float>(terms.softcap), inner = 1.0f / cap;
     for (int64_t j = 0; j < n; j += kWidth) {
       const F32x t = tanh(load_some<float>(s + j, n - j) * inner);
       store_some<float>(s + j, t * cap, n - j);
       if (factor != nullptr) store_some<float>(factor + j, 1.0f - t * t, n - j);
     }
-  } else {
-    for (int64_t j = 0; j < n; j += kWidth)
-      store_some<float>(s + j, load_some<float>(s + j, n - j) * scale, n - j);
   }
   if (terms.bias.data != nullptr) add_bias(terms.bias, at, s);
   const int64_t beside = at.query + shift - at.first_key;  // the column of relative position 0

@@ -42,10 +42,18 @@ inline Range seen(const Attention& args, const Range& queries) {
   return keys;
 }
 
-// Of the tile [begin, end) what these queries see, from its begin on; whole panels on the left.
-inline Range seen_of(const Attention& args, const Range& tile, const Range& queries) {
+// A tile of keys, and how it is packed.
+struct Tile : Range {
+  Panels panels;
+  Tile(int64_t begin, int64_t last)
+      : Range{begin, begin + kTile < last ? begin + kTile : last}, panels(count()) {}
+};
+
+// What these queries see of a tile, from its begin on; whole panels on the left.
+inline Range seen_of(const Attention& args, const Tile& tile, const Range& queries) {
   Range keys = seen(args, queries);
-  keys.begin = (keys.begin > tile.begin ? keys.begin - tile.begin : 0) / kKeyPanel * kKeyPanel;
+  const int64_t width = tile.panels.width();
+  keys.begin = (keys.begin > tile.begin ? keys.begin - tile.begin : 0) / width * width;
   keys.end = (keys.end < tile.end ? keys.end : tile.end) - tile.begin;
   return keys;
 }
@@ -126,14 +134,15 @@ struct Sizes {
 template <bool kPairs>
 using Weight = std::conditional_t<kPairs, bf16, float>;
 
-// Products of some rows with all keys of a tile that these see: scores.
+// Products of some rows with the keys that these see of a tile: scores, times factor.
 template <bool kPairs>
-inline void multiply_keys(const float* rows, int64_t pitch, int64_t count, const float* panels,
-                          int64_t depth, const Range& keys, float* scores) {
-  const int64_t first = keys.begin / kKeyPanel, panel = pitch * kKeyPanel;
-  multiply_tile<kPairs>({rows, pitch, 1}, {panels + first * panel, panel, kKeyPanel}, count, depth,
-                        kMostVectors, (keys.end + kKeyPanel - 1) / kKeyPanel - first, false,
-                        scores + keys.begin, kTile);
+inline void multiply_keys(const float* rows, int64_t count, const float* packed, int64_t pitch,
+                          int64_t depth, const Panels& panels, const Range& keys, float factor,
+                          float* scores) {
+  const int64_t width = panels.width(), first = keys.begin / width;
+  multiply_tile<kPairs>({rows, pitch, 1}, {packed + first * pitch * width, pitch * width, width},
+                        count, depth, panels.vectors, (keys.end + width - 1) / width - first,
+                        {scores + keys.begin, kTile, false, factor});
 }
 
 // sums += weights [count][kTile] of these keys times their rows.
@@ -145,7 +154,8 @@ inline void multiply_weights(const Weight<kPairs>* weights, int64_t count, const
   multiply_tile<kPairs>(
       {reinterpret_cast<const float*>(weights) + first, kTile / (kPairs ? 2 : 1), 1},
       {right + first * columns.pitch(), columns.width(), columns.pitch()}, count,
-      Sizes<kPairs>::words(keys.count()), columns.vectors, columns.count, true, sums, pitch);
+      Sizes<kPairs>::words(keys.count()), columns.vectors, columns.count,
+      {sums, pitch, true, 1.0f});
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -246,11 +256,11 @@ void forward_task(const Attention& args, int64_t task) {
   std::memset(sums, 0, static_cast<size_t>(mine.count() * width) * sizeof(float));
 
   const Range all = seen(args, mine);
-  for (Range tile{all.begin, 0}; tile.begin < all.end; tile.begin = tile.end) {
-    tile.end = tile.begin + kTile < all.end ? tile.begin + kTile : all.end;
+  for (int64_t begin = all.begin; begin < all.end; begin += kTile) {
+    const Tile tile(begin, all.end);
     gather<kPairs>(at<M>(args.key, batch, key_head, tile.begin), args.key.stride[2], args.head_dim,
-                   tile.count(), round_up(tile.count(), kKeyPanel), rows, sizes.pitch);
-    transpose_to_panels(rows, sizes.pitch, round_up(tile.count(), kKeyPanel), sizes.pitch, keys);
+                   tile.count(), tile.panels.pitch(), rows, sizes.pitch);
+    transpose_to_panels(rows, sizes.pitch, tile.panels, keys);
     gather_right<kPairs>(at<M>(args.value, batch, key_head, tile.begin), args.value.stride[2],
                          args.value_dim, tile.count(), values, width);
     for (Range block{mine.begin, 0}; block.begin < mine.end; block.begin = block.end) {
@@ -258,8 +268,9 @@ void forward_task(const Attention& args, int64_t task) {
       const Range here = seen_of(args, tile, block);
       if (here.empty()) continue;
       const int64_t first = block.begin - mine.begin;
-      multiply_keys<kPairs>(queries + first * sizes.pitch, sizes.pitch, block.count(), keys,
-                            sizes.depth, here, scores);
+      multiply_keys<kPairs>(queries + first * sizes.pitch, block.count(), keys, sizes.pitch,
+                            sizes.depth, tile.panels, here, static_cast<float>(terms.scale),
+                            scores);
       W* weights;
       if constexpr (kPairs)
         weights = rounded;
@@ -370,6 +381,7 @@ void backward_row(const Attention& args, const RowAt& row, const BackwardRow& wi
     if (with.grad_bias != nullptr) {
       if (with.bias_stride != 0) {
         float* total = with.grad_bias + j;
+        __builtin_prefetch(total + args.grad_bias_stride[2], 1, 2);  // the next row is elsewhere
         store_some<float>(total, load_some<float>(total, count) + gradient, count);
       } else {
         sum += count >= kWidth ? gradient : keep_first<float>(gradient, count);
@@ -427,7 +439,7 @@ struct BackwardTiles {
 
 template <bool kPairs, class M>
 void backward_block(const Attention& args, const BackwardTiles<kPairs>& tiles, int64_t batch,
-                    int64_t head, const Range& tile, const Range& block, float* grad_query) {
+                    int64_t head, const Tile& tile, const Range& block, float* grad_query) {
   using W = Weight<kPairs>;
   const Sizes<kPairs>& sizes = tiles.sizes;
   const Range here = seen_of(args, tile, block);
@@ -443,10 +455,10 @@ void backward_block(const Attention& args, const BackwardTiles<kPairs>& tiles, i
                        tiles.width);
   gather_right<kPairs>(grad, args.grad_output.stride[2], args.value_dim, count, tiles.grad_rows,
                        tiles.value_width);
-  multiply_keys<kPairs>(tiles.query, sizes.pitch, count, tiles.keys, sizes.depth, here,
-                        tiles.scores);
-  multiply_keys<kPairs>(tiles.grad, sizes.value_pitch, count, tiles.values, sizes.value_depth, here,
-                        tiles.dp);
+  multiply_keys<kPairs>(tiles.query, count, tiles.keys, sizes.pitch, sizes.depth, tile.panels, here,
+                        static_cast<float>(args.terms.scale), tiles.scores);
+  multiply_keys<kPairs>(tiles.grad, count, tiles.values, sizes.value_pitch, sizes.value_depth,
+                        tile.panels, here, 1.0f, tiles.dp);
   W *p, *ds;
   if constexpr (kPairs)
     p = tiles.p, ds = tiles.ds;
@@ -478,11 +490,12 @@ void backward_block(const Attention& args, const BackwardTiles<kPairs>& tiles, i
   }
   const int64_t depth = sizes.words(count);
   multiply_tile<kPairs>(left_ds, {tiles.query_rows, sizes.columns.width(), tiles.width},
-                        here.count(), depth, sizes.columns.vectors, sizes.columns.count, true,
-                        tiles.grad_key + here.begin * tiles.width, tiles.width);
-  multiply_tile<kPairs>(left_p, {tiles.grad_rows, sizes.value_columns.width(), tiles.value_width},
-                        here.count(), depth, sizes.value_columns.vectors, sizes.value_columns.count,
-                        true, tiles.grad_value + here.begin * tiles.value_width, tiles.value_width);
+                        here.count(), depth, sizes.columns.vectors, sizes.columns.count,
+                        {tiles.grad_key + here.begin * tiles.width, tiles.width, true, 1.0f});
+  multiply_tile<kPairs>(
+      left_p, {tiles.grad_rows, sizes.value_columns.width(), tiles.value_width}, here.count(),
+      depth, sizes.value_columns.vectors, sizes.value_columns.count,
+      {tiles.grad_value + here.begin * tiles.value_width, tiles.value_width, true, 1.0f});
 }
 
 // Some tiles of one key head.
@@ -497,22 +510,22 @@ void backward_head(const Attention& args, const BackwardTiles<kPairs>& tiles, in
       ((split * args.batch + batch) * terms.heads + key_head * terms.group) * head_size;
   std::memset(partial, 0, static_cast<size_t>(terms.group * head_size) * sizeof(float));
   bool finite = true;
-  for (Range tile{split * kTile, 0}; tile.begin < args.keys; tile.begin += args.splits * kTile) {
-    tile.end = tile.begin + kTile < args.keys ? tile.begin + kTile : args.keys;
-    const int64_t padded = round_up(tile.count(), kKeyPanel);
+  for (int64_t begin = split * kTile; begin < args.keys; begin += args.splits * kTile) {
+    const Tile tile(begin, args.keys);
+    const int64_t padded = tile.panels.pitch();
     const M* key = at<M>(args.key, batch, key_head, tile.begin);
     const M* value = at<M>(args.value, batch, key_head, tile.begin);
     gather<kPairs>(key, args.key.stride[2], args.head_dim, tile.count(), padded, tiles.rows,
                    sizes.pitch);
-    transpose_to_panels(tiles.rows, sizes.pitch, padded, sizes.pitch, tiles.keys);
+    transpose_to_panels(tiles.rows, sizes.pitch, tile.panels, tiles.keys);
     gather<kPairs>(value, args.value.stride[2], args.value_dim, tile.count(), padded, tiles.rows,
                    sizes.value_pitch);
-    transpose_to_panels(tiles.rows, sizes.value_pitch, padded, sizes.value_pitch, tiles.values);
+    transpose_to_panels(tiles.rows, sizes.value_pitch, tile.panels, tiles.values);
     gather_right<kPairs>(key, args.key.stride[2], args.head_dim, tile.count(), tiles.key_rows,
                          tiles.width);
-    std::memset(tiles.grad_key, 0, static_cast<size_t>(kTile * tiles.width) * sizeof(float));
+    std::memset(tiles.grad_key, 0, static_cast<size_t>(tile.count() * tiles.width) * sizeof(float));
     std::memset(tiles.grad_value, 0,
-                static_cast<size_t>(kTile * tiles.value_width) * sizeof(float));
+                static_cast<size_t>(tile.count() * tiles.value_width) * sizeof(float));
     for (int64_t g = 0; g < terms.group; ++g)
       for (Range block{0, 0}; block.begin < args.queries; block.begin = block.end) {
         block.end = block.begin + kBlockQueries;

@@ -1,6 +1,6 @@
 // Products of tiles that lie in the caches, sums in registers: what attention is made of.
 //
-//   out[r][c] (+)= sum over k of left(r, k) * right(k, c)
+//   out[r][c] = factor * sum over k of left(r, k) * right(k, c), or the sum is added to it
 //
 // left is read a number at a time, wherever it lies, so that it may be a transposed tile; right by
 // vectors, in panels of some of them, which for a product with a transposed tile is packed once for
@@ -13,8 +13,6 @@ namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 constexpr int kMostVectors = kRegisters == 32 ? 4 : 2;
-// Keys of a panel of scores.
-constexpr int64_t kKeyPanel = kMostVectors * lanes<float>;
 
 // How the columns of a result are cut up: panels of vectors, all alike.
 struct Panels {
@@ -29,6 +27,14 @@ struct Panels {
   int64_t pitch() const { return count * width(); }
 };
 
+// What becomes of a product: it is added to what is there, or written times factor.
+struct Result {
+  float* data;
+  int64_t pitch;
+  bool add;
+  float factor;
+};
+
 struct Left {
   const float* data;
   int64_t row, step;  // from a row to the next, from a k to the next
@@ -41,7 +47,7 @@ struct Right {
 
 template <bool kPairs, int N, int R>
 void multiply_block(const Left& left, const float* right, int64_t right_step, int64_t depth,
-                    bool add, float* out, int64_t pitch) {
+                    const Result& out) {
   F32x sum[R][N] = {};
   const float* row[R];
   for (int r = 0; r < R; ++r) row[r] = left.data + r * left.row;
@@ -69,47 +75,45 @@ void multiply_block(const Left& left, const float* right, int64_t right_step, in
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
-      float* p = out + r * pitch + v * lanes<float>;
-      store(p, add ? load(p) + sum[r][v] : sum[r][v]);
+      float* p = out.data + r * out.pitch + v * lanes<float>;
+      store(p, out.add ? load(p) + sum[r][v] : sum[r][v] * out.factor);
     }
 }
 
 template <bool kPairs, int N, int R>
 void multiply_rest(int rows, const Left& left, const float* right, int64_t right_step,
-                   int64_t depth, bool add, float* out, int64_t pitch) {
-  if (rows == R)
-    return multiply_block<kPairs, N, R>(left, right, right_step, depth, add, out, pitch);
-  if constexpr (R > 1)
-    multiply_rest<kPairs, N, R - 1>(rows, left, right, right_step, depth, add, out, pitch);
+                   int64_t depth, const Result& out) {
+  if (rows == R) return multiply_block<kPairs, N, R>(left, right, right_step, depth, out);
+  if constexpr (R > 1) multiply_rest<kPairs, N, R - 1>(rows, left, right, right_step, depth, out);
 }
 
 template <bool kPairs, int N>
 void multiply_panels(const Left& left, const Right& right, int64_t rows, int64_t depth,
-                     int64_t panels, bool add, float* out, int64_t pitch) {
+                     int64_t panels, const Result& out) {
   constexpr int most = most_rows(N);
   for (int64_t panel = 0; panel < panels; ++panel)
     for (int64_t r = 0; r < rows; r += most) {
       const int64_t here = rows - r < most ? rows - r : most;
-      multiply_rest<kPairs, N, most>(static_cast<int>(here),
-                                     {left.data + r * left.row, left.row, left.step},
-                                     right.data + panel * right.panel, right.step, depth, add,
-                                     out + r * pitch + panel * N * lanes<float>, pitch);
+      multiply_rest<kPairs, N, most>(
+          static_cast<int>(here), {left.data + r * left.row, left.row, left.step},
+          right.data + panel * right.panel, right.step, depth,
+          {out.data + r * out.pitch + panel * N * lanes<float>, out.pitch, out.add, out.factor});
     }
 }
 
-// out [rows][pitch], of which panels of vectors are written.
+// Rows of out, of which so many panels of vectors are written.
 template <bool kPairs>
 void multiply_tile(const Left& left, const Right& right, int64_t rows, int64_t depth, int vectors,
-                   int64_t panels, bool add, float* out, int64_t pitch) {
+                   int64_t panels, const Result& out) {
   switch (vectors) {
     case 1:
-      return multiply_panels<kPairs, 1>(left, right, rows, depth, panels, add, out, pitch);
+      return multiply_panels<kPairs, 1>(left, right, rows, depth, panels, out);
     case 2:
-      return multiply_panels<kPairs, 2>(left, right, rows, depth, panels, add, out, pitch);
+      return multiply_panels<kPairs, 2>(left, right, rows, depth, panels, out);
     case 3:
-      return multiply_panels<kPairs, 3>(left, right, rows, depth, panels, add, out, pitch);
+      return multiply_panels<kPairs, 3>(left, right, rows, depth, panels, out);
     default:
-      return multiply_panels<kPairs, 4>(left, right, rows, depth, panels, add, out, pitch);
+      return multiply_panels<kPairs, 4>(left, right, rows, depth, panels, out);
   }
 }
 
@@ -158,18 +162,18 @@ void gather_right(const M* from, int64_t stride, int64_t width, int64_t count, f
     gather<false>(from, stride, width, count, count, to, pitch);
 }
 
-// Rows [rows][pitch] become columns, in panels: [rows / kKeyPanel][depth][kKeyPanel]; depth a
-// multiple of a vector, not more than pitch, rows one of kKeyPanel.
-inline void transpose_to_panels(const float* from, int64_t pitch, int64_t rows, int64_t depth,
-                                float* to) {
-  for (int64_t panel = 0; panel < rows; panel += kKeyPanel, to += depth * kKeyPanel)
+// Rows [panels.pitch()][depth], a whole number of vectors each, become columns:
+// [panel][depth][panels.width()].
+inline void transpose_to_panels(const float* from, int64_t depth, const Panels& panels, float* to) {
+  const int64_t width = panels.width();
+  for (int64_t panel = 0; panel < panels.pitch(); panel += width, to += depth * width)
 #if defined(__AVX512F__)
-    for (int64_t r = 0; r < kKeyPanel; r += 16)
+    for (int64_t r = 0; r < width; r += 16)
       for (int64_t k = 0; k < depth; k += 16)
-        transpose(from + (panel + r) * pitch + k, pitch, to + k * kKeyPanel + r, kKeyPanel);
+        transpose(from + (panel + r) * depth + k, depth, to + k * width + r, width);
 #else
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t r = 0; r < kKeyPanel; ++r) to[k * kKeyPanel + r] = from[(panel + r) * pitch + k];
+      for (int64_t r = 0; r < width; ++r) to[k * width + r] = from[(panel + r) * depth + k];
 #endif
 }
 

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from ..backends import current_backend
 from ..ops.attention_blockwise import may_hide
-from ..ops.attention_flash import DECODE_ELEMENTS, DECODE_ROWS
+from ..ops.attention_flash import DECODE_ELEMENTS, DECODE_ROWS, has_better_products, is_quicker
 from ._dispatch import FLOATING, is_transformed, records_gradient
 
-#: Scores up to which the CPU's caches hold all of them and torch's operations on the whole are the
-#: quickest, without and with gradients. One core of an AVX-512 EPYC: 0.9 and 1.2 of torch at 64 and
-#: 256 thousand without; 0.4 to 0.8 below a million with, 1.0 to 1.2 there.
-_SMALL = (1 << 17, 1 << 20)
+#: Multiplications up to which torch's operations on all scores are quicker, without and with
+#: gradients: than our kernels, and than blocks of the library's products. One core of an AVX-512
+#: EPYC: the kernels 1.0 and 0.9 of torch at 0.4 million, 1.5 and 1.1 at 1.6; the blocks 0.9 at 8
+#: million without and 1.0 to 1.2 at 130 with.
+_FEW = (1 << 18, 1 << 20)
+_FEW_FOR_BLOCKS = (1 << 24, 1 << 27)
 
 
 def torch_serves(
@@ -25,10 +27,8 @@ def torch_serves(
     causal: bool,
     grouped: bool,
 ) -> str | None:
-    """Why torch's own call is the best there is, or None.
-
-    On the CPU its flash kernel runs at the rate of the GEMMs, forward and backward, where it runs.
-    """
+    """Why torch's own call is the best there is, or None: on the CPU where a call is so small that
+    the way to a kernel is what it costs, and where the library's products beat ours."""
     if dropout_p or not query.is_cpu or current_backend() != "auto" or is_transformed():
         return None
     if torch.compiler.is_compiling() or (mask is not None and causal):
@@ -43,19 +43,23 @@ def torch_serves(
     few = queries * heads // key_heads <= DECODE_ROWS and query.dtype != torch.float64
     if few and not records and batch * key_heads * keys * width >= DECODE_ELEMENTS:
         return None  # decoding: ours reads the cache at the memory's rate
-    if (mask is not None or causal) and may_hide(key, value):
-        return None  # in torch's, NaN that is masked out comes through
-    if mask is not None and may_hide(query):
-        return None  # and that of a query that sees nothing
     flash = width == value_width
     flash = flash and query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1
     if mask is not None:
         flash = flash and not mask.requires_grad and mask.dim() in (2, 4) and 0 not in mask.stride()
-    if flash:
-        return "its flash kernel serves the call"
-    if batch * heads * queries * keys < _SMALL[records]:
-        return "so small that all scores stay in the cache"
-    return None
+    multiplications = batch * heads * queries * keys * (width + value_width)
+    blocks = has_better_products(query.dtype)
+    if flash and is_quicker(query.dtype, multiplications, records=records):
+        reason = "its flash kernel serves the call"
+    elif not flash and multiplications < (_FEW_FOR_BLOCKS if blocks else _FEW)[records]:
+        reason = "so small that all scores stay in the cache"
+    else:
+        return None
+    if (mask is not None or causal) and may_hide(key, value):
+        return None  # in torch's, NaN that is masked out comes through
+    if mask is not None and may_hide(query):
+        return None  # and that of a query that sees nothing
+    return reason
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool) -> bool:

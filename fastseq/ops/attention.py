@@ -224,84 +224,119 @@ class _Part(NamedTuple):
     j: slice
 
 
-def _parts(
-    a: Forward | Backward, whole: blockwise.Problem
-) -> Iterator[tuple[_Part, blockwise.Problem]]:
-    """Dense problems that make up the whole: one, or one for each sequence."""
-    batch, heads, queries, _ = a.query.shape
-    keys = a.key.shape[2]
+def _sequences(a: Forward | Backward) -> Iterator[tuple[_Part, int]] | None:
+    """The sequences that make up the whole, and the dropout row each begins with; None: one."""
+    heads, queries, keys = a.query.shape[1], a.query.shape[2], a.key.shape[2]
     if a.cu_seqlens_q is not None and a.cu_seqlens_k is not None:
         starts = zip(
             sequences(a.cu_seqlens_q, queries), sequences(a.cu_seqlens_k, keys), strict=True
         )
-        parts = [
+        return (
             (_Part(slice(0, 1), slice(*these), slice(*those)), these[0]) for these, those in starts
-        ]
-    elif a.key_lengths is not None:
+        )
+    if a.key_lengths is not None:
         lengths = a.key_lengths.clamp(0, keys).tolist()
-        parts = [
+        return (
             (_Part(slice(b, b + 1), slice(0, queries), slice(0, length)), b * heads * queries)
             for b, length in enumerate(lengths)
-        ]
-    else:
-        yield _Part(slice(0, batch), slice(0, queries), slice(0, keys)), whole
-        return
-    for part, row_offset in parts:
-        b, i, j = part
-        shift = (j.stop - j.start) - (i.stop - i.start) if a.bottom_right else 0
-        yield (
-            part,
-            replace(
-                whole,
-                query=a.query[b, :, i],
-                key=a.key[b, :, j],
-                value=a.value[b, :, j],
-                bias=None if whole.bias is None else whole.bias[b, :, i, j],
-                mask=None if whole.mask is None else whole.mask[b, :, i, j],
-                slopes=None if whole.slopes is None else whole.slopes[b],
-                shift=shift,
-                row_offset=row_offset,
-            ),
         )
+    return None
 
 
-def _forward_blockwise(a: Forward, *, by_extension: bool) -> tuple[Tensor, Tensor]:
+def _cut(whole: blockwise.Problem, part: _Part, row_offset: int, *, bottom_right: bool) -> Any:
+    """The dense problem of one sequence."""
+    b, i, j = part
+    return replace(
+        whole,
+        query=whole.query[b, :, i],
+        key=whole.key[b, :, j],
+        value=whole.value[b, :, j],
+        bias=None if whole.bias is None else whole.bias[b, :, i, j],
+        mask=None if whole.mask is None else whole.mask[b, :, i, j],
+        slopes=None if whole.slopes is None else whole.slopes[b],
+        shift=(j.stop - j.start) - (i.stop - i.start) if bottom_right else 0,
+        row_offset=row_offset,
+    )
+
+
+def _forward_densely(a: Forward, *, by_extension: bool) -> tuple[Tensor, Tensor]:
+    """Sequence by sequence, by :mod:`attention_tiles` or :mod:`attention_blockwise`."""
     output, lse = _forward_outputs(a)
-    if a.cu_seqlens_q is not None:
-        output.zero_()
-        lse.fill_(-math.inf)
-    forward = tiles.forward if by_extension else blockwise.forward
-    for part, problem in _parts(a, dense_problem(a)):
-        forward(problem, output[part.b, :, part.i], lse[part.b, :, part.i])
-    return output, lse
+    forward = tiles.forward if by_extension else _forward_blockwise
+    whole, parts = dense_problem(a), _sequences(a)
+    if parts is None:
+        done = forward(whole, output, lse)
+    else:
+        if a.cu_seqlens_q is not None:
+            output.zero_()
+            lse.fill_(-math.inf)
+        done = all(
+            forward(
+                _cut(whole, part, row_offset, bottom_right=a.bottom_right),
+                output[part.b, :, part.i],
+                lse[part.b, :, part.i],
+            )
+            for part, row_offset in parts
+        )
+    return (output, lse) if done else _forward_densely(a, by_extension=False)
 
 
-def _backward_blockwise(a: Backward, *, by_extension: bool) -> Tensors4:
+def _forward_blockwise(p: blockwise.Problem, output: Tensor, lse: Tensor) -> bool:
+    blockwise.forward(p, output, lse)
+    return True
+
+
+def _backward_densely(a: Backward, *, by_extension: bool) -> Tensors4:
+    """Sequence by sequence, by :mod:`attention_tiles` or :mod:`attention_blockwise`."""
     grads = _backward_outputs(a)
-    several = a.cu_seqlens_q is not None or a.key_lengths is not None
-    if several:
+    backward = tiles.backward if by_extension else _backward_blockwise
+    grad_bias = grads[3].zero_() if a.bias_gradient else None
+    whole, parts = dense_problem(a), _sequences(a)
+    if parts is None:
+        given = (a.grad_output, a.output, a.lse, a.grad_lse, a.delta)
+        done = backward(whole, *given, grads[:3], grad_bias)
+    else:
         for grad in grads:
             grad.zero_()
-    grad_bias = grads[3].zero_() if a.bias_gradient else None
-    for (b, i, j), problem in _parts(a, dense_problem(a)):
-        part_of_bias = grad_bias
-        if grad_bias is not None and several:
-            rows = b if grad_bias.shape[0] > 1 else slice(0, 1)
-            columns = j if grad_bias.shape[3] > 1 else slice(0, 1)
-            part_of_bias = grad_bias[rows, :, :, columns]
-        statistics = (
-            a.lse[b, :, i],
-            None if a.grad_lse is None else a.grad_lse[b, :, i],
-            None if a.delta is None else a.delta[b, :, i],
+        done = all(
+            backward(
+                _cut(whole, part, row_offset, bottom_right=a.bottom_right),
+                *_cut_backward(a, part, grads, grad_bias),
+            )
+            for part, row_offset in parts
         )
-        made = (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j])
-        grad_output = a.grad_output[b, :, i]
-        if by_extension:
-            output = a.output[b, :, i]
-            tiles.backward(problem, grad_output, output, *statistics, made, part_of_bias)
-        else:
-            blockwise.backward(problem, grad_output, *statistics, made, part_of_bias)
-    return grads
+    return grads if done else _backward_densely(a, by_extension=False)
+
+
+def _cut_backward(
+    a: Backward, part: _Part, grads: Tensors4, grad_bias: Tensor | None
+) -> tuple[Any, ...]:
+    """What the backward of one sequence takes after its problem."""
+    b, i, j = part
+    if grad_bias is not None:
+        rows = b if grad_bias.shape[0] > 1 else slice(0, 1)
+        columns = j if grad_bias.shape[3] > 1 else slice(0, 1)
+        grad_bias = grad_bias[rows, :, :, columns]
+    of_queries = (a.grad_output, a.output, a.lse, a.grad_lse, a.delta)
+    return (
+        *(None if t is None else t[b, :, i] for t in of_queries),
+        (grads[0][b, :, i], grads[1][b, :, j], grads[2][b, :, j]),
+        grad_bias,
+    )
+
+
+def _backward_blockwise(
+    p: blockwise.Problem,
+    grad_output: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    delta: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_bias: Tensor | None,
+) -> bool:
+    blockwise.backward(p, grad_output, lse, grad_lse, delta, grads, grad_bias)
+    return True
 
 
 #: Keys of one task of it: what one core reads in some 10 us, and the same for any thread count.
@@ -319,7 +354,7 @@ def decodes(a: Forward) -> bool:
 
 def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
     if not decodes(a):
-        return _forward_blockwise(a, by_extension=True)
+        return _forward_densely(a, by_extension=True)
     whole = dense_problem(a)
     output = _forward_outputs(a)[0]
     query, key, value = tiles.contiguous_rows(a.query, a.key, a.value)
@@ -342,7 +377,7 @@ def _forward_by_extension(a: Forward) -> tuple[Tensor, Tensor]:
     )
     if whole.hides and blockwise.may_hide(made):
         # 0 times a NaN or Inf value that is hidden: the careful way. Seldom, and made is small.
-        return _forward_blockwise(a, by_extension=True)
+        return _forward_densely(a, by_extension=True)
     if made.stride() == output.stride():
         return made, made_lse
     return output.copy_(made), made_lse
@@ -352,11 +387,11 @@ def _forward_by_torch(a: Forward) -> tuple[Tensor, Tensor]:
     if flash.serves(a) and (made := flash.forward(a)) is not None:
         output, lse = made
         return _laid_out(output, a.query), lse.contiguous()
-    return _forward_blockwise(a, by_extension=False)
+    return _forward_densely(a, by_extension=False)
 
 
 def _backward_by_extension(a: Backward) -> Tensors4:
-    return _backward_blockwise(a, by_extension=True)
+    return _backward_densely(a, by_extension=True)
 
 
 def _backward_by_torch(a: Backward) -> Tensors4:
@@ -365,7 +400,7 @@ def _backward_by_torch(a: Backward) -> Tensors4:
             _laid_out(grad, of) for grad, of in zip(made, (a.query, a.key, a.value), strict=True)
         )
         return query, key, value, a.lse.new_empty(0)
-    return _backward_blockwise(a, by_extension=False)
+    return _backward_densely(a, by_extension=False)
 
 
 #: Scores of a head below which the products of a backward in 16 bits are quicker in one piece than
@@ -411,9 +446,9 @@ def _triton_rejects(a: Forward | Backward) -> str | None:
 def _cpu_rejects(a: Forward | Backward) -> str | None:
     if a.query.dtype == torch.float64:
         return "no fp64 kernel"
-    serves = _flash_serves_backward(a) if isinstance(a, Backward) else flash.serves(a)
-    if serves and current_backend() == "auto":
-        return "torch's flash kernel serves the call"
+    if current_backend() == "auto" and flash.has_better_products(a.query.dtype):
+        serves = _flash_serves_backward(a) if isinstance(a, Backward) else flash.serves(a)
+        return "torch's flash kernel is quicker on this machine" if serves else None
     return None
 
 

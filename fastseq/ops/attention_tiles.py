@@ -2,8 +2,9 @@
 last, forward and backward; every feature, O(L) memory.
 
 The kernels (``csrc/cpu/attention_tiles.h``) multiply what is hidden as well, and 0 times NaN is
-NaN: where something is hidden and a result is not finite, :mod:`attention_blockwise` takes the call
-over, whose careful products let no NaN or Inf reach queries that do not see it.
+NaN: where something is hidden and a result is not finite, they say so, and the call is left to
+:mod:`attention_blockwise`, whose careful products let no NaN or Inf reach queries that do not see
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..random import keep_scale, threshold
-from . import attention_blockwise as blockwise
 from ._op import extension_op
 from .attention_blockwise import Problem
 
@@ -32,12 +32,12 @@ def _arguments(p: Problem) -> tuple[object, ...]:
     return (p.seed, p.scale, p.softcap, *dropout, geometry)
 
 
-def forward(p: Problem, output: Tensor, lse: Tensor) -> None:
-    """As :func:`attention_blockwise.forward`; the elements of a row of output lie side by side."""
+def forward(p: Problem, output: Tensor, lse: Tensor) -> bool:
+    """As :func:`attention_blockwise.forward`, where the elements of a row of output lie side by
+    side; whether the results hold."""
     tensors = contiguous_rows(p.query, p.key, p.value)
     finite = _forward(*tensors, output, lse, p.bias, p.mask, p.slopes, p.sinks, *_arguments(p))
-    if not finite and p.hides:
-        blockwise.forward(p, output, lse)
+    return finite or not p.hides
 
 
 def backward(
@@ -49,18 +49,13 @@ def backward(
     delta: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     grad_bias: Tensor | None,
-) -> None:
-    """As :func:`attention_blockwise.backward`, which does not need the output."""
-    query, key, value, made, grad = contiguous_rows(p.query, p.key, p.value, output, grad_output)
-    if grad_lse is not None:
-        grad_lse = grad_lse.to(lse.dtype)
-    statistics = [None if t is None else contiguous_rows(t)[0] for t in (lse, grad_lse, delta)]
-    kept = None if grad_bias is None or not p.hides else grad_bias.clone()
+) -> bool:
+    """As :func:`attention_blockwise.backward`, from the output too; whether the results hold."""
+    tensors = contiguous_rows(p.query, p.key, p.value, output)
+    statistics = None if grad_lse is None else grad_lse.to(lse.dtype), delta
     finite = _backward(
-        *(query, key, value, made, statistics[0], grad, *statistics[1:]),
+        *(*tensors, contiguous_rows(lse)[0], contiguous_rows(grad_output)[0]),
+        *(None if t is None else contiguous_rows(t)[0] for t in statistics),
         *(p.sinks is None, *grads, grad_bias, p.bias, p.mask, p.slopes, *_arguments(p)),
     )
-    if not finite and p.hides:
-        if grad_bias is not None and kept is not None:
-            grad_bias.copy_(kept)
-        blockwise.backward(p, grad_output, lse, grad_lse, delta, grads, grad_bias)
+    return finite or not p.hides
