@@ -136,7 +136,7 @@ def test_products_of_the_steps_that_are_taken(
     name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both directions and recurrent dropout, beside the products of all steps."""
-    monkeypatch.setattr(recurrent_layer, "_SMALL", 0)
+    monkeypatch.setattr(recurrent_layer, "_LEAST_PICKED", 0)
     taken, picked = recurrent_layer._taken, []
 
     def noted(layer: recurrent_layer.Layer) -> Tensor | None:

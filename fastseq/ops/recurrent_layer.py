@@ -118,8 +118,9 @@ def _input_gates(layer: Layer, kind: str) -> Tensor:
     return _product(layer.x, layer.weight_ih, *_input_biases(layer, kind))
 
 
-#: From this part of all steps on that rows do take, it is not worth picking them out.
-_MOST_TAKEN = 0.9
+#: Steps are picked out where rows take less than this part of all, and the product of all of them
+#: has so many multiplications.
+_MOST_TAKEN, _LEAST_PICKED = 0.9, 1 << 23
 
 
 def _taken(layer: Layer) -> Tensor | None:
@@ -128,7 +129,9 @@ def _taken(layer: Layer) -> Tensor | None:
     x, lengths = layer.x, layer.lengths
     if lengths is None or not x.is_cpu or not _is_plain(x) or not _is_plain(lengths):
         return None
-    if current_backend() not in ("auto", "cpu") or _is_small(x, layer.weight_ih):
+    if current_backend() not in ("auto", "cpu"):
+        return None
+    if x.numel() * layer.weight_ih.shape[0] < _LEAST_PICKED:
         return None
     mask = torch.arange(x.shape[0])[:, None] < lengths
     taken = mask.flatten().nonzero().squeeze(1)
@@ -149,7 +152,7 @@ def _input_biases(layer: Layer, kind: str) -> tuple[Tensor | None, Tensor | None
 def _product(
     x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
 ) -> Tensor:
-    if _is_small(x, weight_ih):
+    if _is_small(x, weight_ih, packs=True):
         gates: Tensor = _extension_input_gates(x, weight_ih, bias_ih, bias_hh)
         return gates
     return F.linear(x, weight_ih, _sum(bias_ih, bias_hh))
@@ -159,20 +162,31 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-#: Multiplications of a product up to which ours is the one that is called. Measured on one core of
-#: an AVX-512 EPYC against MKL: at 0.5 to 8 million 0.75 to 0.95 of its time, and a call for five.
-#: None without vectors that multiply and add at once: the library finds those of the machine.
-_SMALL = 0 if _extension.cpu_instruction_set() in (None, "generic") else 1 << 23
+#: Multiplications of a product up to which ours is the one that is called, divided among up to 16
+#: threads. Measured on one core of an AVX-512 EPYC against MKL: at 2 to 134 million 0.63 to 1.03 of
+#: its time for all gradients, and a call for five; at 268 million 1.2. By AVX2 up to 8
+#: million; none without vectors that multiply and add at once: the library has the machine's.
+_SMALL = {None: 0, "generic": 0, "avx2": 1 << 23}.get(_extension.cpu_instruction_set(), 1 << 27)
+#: The input's gates of fewer rows do not pay for packing the weight, but where all of it is quick.
+_ROWS, _QUICK = 64, 1 << 20
 
 
-def _is_small(x: Tensor, weight_ih: Tensor) -> bool:
-    """Whether the products around the recurrence are those of ``csrc/cpu/recurrent_small.h``."""
+def _is_small(x: Tensor, weight_ih: Tensor, *, packs: bool = False) -> bool:
+    """Whether the products around the recurrence are those of ``csrc/cpu/recurrent_small.h``.
+
+    Args:
+        packs: asked for the one that packs the weight.
+    """
+    if not (_is_plain(x) and _is_plain(weight_ih)):  # a compiler would make a graph for every size
+        return False
+    width = weight_ih.shape[0]
+    work = x.numel() * width
     return (
-        _is_plain(x)  # first: a compiler would make a graph for every size
-        and _is_plain(weight_ih)
-        and x.dtype is torch.float32
+        x.dtype is torch.float32
         and x.is_cpu
-        and x.numel() * weight_ih.shape[0] < _SMALL
+        and x.dim() == 3
+        and work * min(16, torch.get_num_threads()) < _SMALL
+        and (not packs or work < _QUICK or x.shape[0] * x.shape[1] >= _ROWS)
         and x.is_contiguous()
         and weight_ih.is_contiguous()
         and current_backend() in ("auto", "cpu")
