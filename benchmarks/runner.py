@@ -33,7 +33,7 @@ from .timing import (
 #: Sampling time of a group: usual; under a budget at what is asked; and the least.
 GROUP_SECONDS, ASKED_SECONDS, LEAST_GROUP_SECONDS = 1.0, 0.2, 0.1
 #: The part of the budget that comes before what is asked: fresh memory, which must be first.
-BEFORE_ASKED = 0.05
+BEFORE_ASKED = 0.03
 AGAIN = f"{BASELINE} again"
 #: About what a call takes of a forward and backward.
 _PARTS = {"inference": 0.4, "fwd": 0.4, "bwd": 0.6, "fwd+bwd": 1.0}
@@ -133,7 +133,7 @@ class Runner:
     def _phases(self, phases: Sequence[Sequence[Point]], started: float) -> list[_Phase]:
         """Each with an equal share of the budget; what one leaves over, the next one has.
 
-        Where something is asked it has all but a twentieth, which goes to what must come before.
+        Where something is asked it has all but BEFORE_ASKED, which goes to what must come before.
         """
         found = []
         asks = [any(point.asked for point in points) for points in phases]
@@ -327,6 +327,7 @@ class Runner:
                 seconds = time.perf_counter() - started
                 known = _FirstCall(peak, _backends(decisions), seconds)
                 self._first_calls[where] = known
+                variant.counts = device.type == "cpu" and not one.provider.setup
             if device.type == "cpu":
                 variant.first = known.seconds
             ready = timer.prepare(variant, row.policy)
