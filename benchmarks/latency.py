@@ -26,7 +26,7 @@ from ._nvcc import FLAGS
 
 SOURCE = Path(__file__).resolve().parent / "cuda" / "latency.cu"
 #: Of nvcc, and of the program, in seconds.
-LIMITS = (90.0, 30.0)
+LIMITS = (60.0, 20.0)
 
 
 def measure(architecture: str) -> list[dict[str, Any]]:
