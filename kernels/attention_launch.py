@@ -133,7 +133,8 @@ def block_of(width: int) -> int:
 
 def uses_tf32(tensor: Tensor) -> bool:
     """Whether fp32 products may be TF32, as torch's own are asked to be."""
-    return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32: it raises once somebody has set fp32_precision.
+    return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def tile_count(a: Any, block: int, length: int, starts: Tensor | None) -> tuple[int, int, int]:

@@ -207,3 +207,27 @@ def test_persistent_kernels_turn_down() -> None:
     ):
         given = plain._replace(**changed)
         assert reason in str(recurrent_op._cuda_rejects(given))
+
+
+@pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision"])
+def test_tf32_where_torch_takes_it(setting: str) -> None:
+    """By either of torch's settings: once the newer one was used, the older cannot be read."""
+    from types import SimpleNamespace
+
+    from fastseq.kernels.attention_launch import uses_tf32
+
+    matmul = torch.backends.cuda.matmul
+    try:
+        for wanted in (True, False):
+            setattr(
+                matmul,
+                setting,
+                wanted if setting == "allow_tf32" else "tf32" if wanted else "ieee",
+            )
+            for dtype in (torch.float32, torch.bfloat16):
+                call: Any = SimpleNamespace(h0=SimpleNamespace(is_cuda=True, dtype=dtype))
+                expected = wanted and dtype == torch.float32
+                assert recurrent_op._tf32(call) == expected
+                assert uses_tf32(torch.zeros(1, dtype=dtype)) == expected
+    finally:
+        matmul.fp32_precision = "none"

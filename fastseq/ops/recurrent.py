@@ -12,6 +12,7 @@ A result that a call does not have is an empty tensor. The public functions are 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ _extension_backward = extension_op("recurrent_backward")
 _extension_plan = extension_op("recurrent_plan")
 #: As ``enum class Cell`` of csrc/recurrent.h.
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
+Run = Callable[[Any], Sequence[Tensor]]
+Rejects = Callable[[Any], str | None]
 Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Tensors7 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -313,7 +316,10 @@ def _no_plan(*task: Any) -> str | None:
 
 def _tf32(a: Forward | Backward) -> bool:
     """Whether fp32 products may be rounded, as torch decides for the layer's other products."""
-    return a.h0.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
+    if not a.h0.is_cuda or a.h0.dtype != torch.float32:
+        return False
+    # Not allow_tf32: it raises once somebody has set fp32_precision.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _cuda_rejects(a: Forward | Backward, directions: int = 1) -> str | None:
@@ -330,31 +336,36 @@ def _cuda_rejects(a: Forward | Backward, directions: int = 1) -> str | None:
     if steps < 4 and current_backend() == "auto":
         return "few steps: bringing the weights onto the chip costs more than it saves"
     backward = isinstance(a, Backward)
-    tf32 = a.h0.dtype == torch.float32 and _tf32(a)
     task = (a.kind, a.h0.dtype, *a.h0.shape, backward)
-    return _no_plan(*task, a.h0.get_device(), None, tf32, directions)
+    return _no_plan(*task, a.h0.get_device(), None, _tf32(a), directions)
+
+
+def candidates(
+    extension: Run,
+    triton: Run,
+    reference: Run,
+    cuda_rejects: Rejects = _cuda_rejects,
+    triton_rejects: Rejects = _triton_rejects,
+) -> tuple[Candidate, ...]:
+    """Those of a forward or a backward op, of one direction or of two."""
+    return (
+        Candidate("cpu", extension),
+        Candidate("cuda", extension, cuda_rejects),
+        Candidate("triton", triton, triton_rejects),
+        Candidate("reference", reference),
+    )
 
 
 forward_op = define_op(
     _FORWARD,
     Forward,
     forward_outputs,
-    (
-        Candidate("cpu", _forward_by_extension),
-        Candidate("cuda", _forward_by_extension, _cuda_rejects),
-        Candidate("triton", _forward_by_triton, _triton_rejects),
-        Candidate("reference", _forward_by_reference),
-    ),
+    candidates(_forward_by_extension, _forward_by_triton, _forward_by_reference),
 )
 
 backward_op = define_op(
     _BACKWARD,
     Backward,
     backward_outputs,
-    (
-        Candidate("cpu", _backward_by_extension),
-        Candidate("cuda", _backward_by_extension, _cuda_rejects),
-        Candidate("triton", _backward_by_triton, _triton_rejects),
-        Candidate("reference", _backward_by_reference),
-    ),
+    candidates(_backward_by_extension, _backward_by_triton, _backward_by_reference),
 )

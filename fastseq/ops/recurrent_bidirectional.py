@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Candidate
 from ..reference.recurrent import Options
 from . import recurrent as alone
 from ._op import define_op, extension_op, function_backward
-from .recurrent_layer import Layer, _differentiable, _gradients, _input_gates
+from .recurrent_layer import Layer, Made, _input_gates, differentiable, layer_gradients
 
 _extension_forward = extension_op("recurrent_bidirectional_forward")
 _extension_backward = extension_op("recurrent_bidirectional_backward")
@@ -170,11 +169,12 @@ forward_op = define_op(
     _FORWARD,
     Forward,
     _each(alone.forward_outputs, _FORWARD_RESULTS),
-    (
-        Candidate("cpu", _forward_by_extension),
-        Candidate("cuda", _forward_by_extension, _cuda_rejects),
-        Candidate("triton", _each(alone._forward_by_triton, _FORWARD_RESULTS), _triton_rejects),
-        Candidate("reference", _each(alone._forward_by_reference, _FORWARD_RESULTS)),
+    alone.candidates(
+        _forward_by_extension,
+        _each(alone._forward_by_triton, _FORWARD_RESULTS),
+        _each(alone._forward_by_reference, _FORWARD_RESULTS),
+        _cuda_rejects,
+        _triton_rejects,
     ),
 )
 
@@ -182,11 +182,12 @@ backward_op = define_op(
     _BACKWARD,
     Backward,
     _each(alone.backward_outputs, _BACKWARD_RESULTS),
-    (
-        Candidate("cpu", _backward_by_extension),
-        Candidate("cuda", _backward_by_extension, _cuda_rejects),
-        Candidate("triton", _each(alone._backward_by_triton, _BACKWARD_RESULTS), _triton_rejects),
-        Candidate("reference", _each(alone._backward_by_reference, _BACKWARD_RESULTS)),
+    alone.candidates(
+        _backward_by_extension,
+        _each(alone._backward_by_triton, _BACKWARD_RESULTS),
+        _each(alone._backward_by_reference, _BACKWARD_RESULTS),
+        _cuda_rejects,
+        _triton_rejects,
     ),
 )
 
@@ -231,7 +232,7 @@ class RecurrentBidirectionalFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             by_direction = grads[:4], grads[4:]
             given = zip(layers, options, wanted, by_direction, strict=True)
-            made = [_differentiable_or_none(*each) for each in given]
+            made = [differentiable(*each) for each in given]
         else:
             made = _all_gradients(layers, saved[2 * count :], options, wanted, grads)
         return (*made[0], *made[1], None)
@@ -254,25 +255,11 @@ def _all_gradients(
         *(first.h0, second.h0, first.c0, second.c0, first.weight_hh, second.weight_hh),
         *(first.keep, second.keep, first.lengths, options[0].kind, options[0].grad_clip),
     )
+    nothing = first.h0.new_empty(0)
     made: list[tuple[Tensor | None, ...]] = []
     for d, layer in enumerate(layers):
-        gates_x, gates_h, h0, c0 = found[4 * d :][:4]
-        if options[d].kind != "gru":
-            gates_h = gates_x
-        x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
-            gates_x, gates_h, gates_h, layer, left[3 * d], options[d], wanted[d]
-        )
-        states = (h0 if wanted[d][1] else None, c0 if wanted[d][2] else None)
-        rest = (None,) * (len(layer) - 7)
-        made.append((x, *states, weight_ih, weight_hh, bias_ih, bias_hh, *rest))
+        output, cells, gates = left[3 * d : 3 * d + 3]
+        of_layer = Made(output, cells, gates, nothing, nothing)
+        gradients = (*found[4 * d :][:4], nothing, nothing)
+        made.append(layer_gradients(gradients, layer, of_layer, options[d], wanted[d]))
     return made
-
-
-def _differentiable_or_none(
-    layer: Layer, options: Options, wanted: Sequence[bool], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """By the reference; nothing where the direction got no gradient."""
-    if all(grad is None for grad in grads):
-        return (None,) * len(layer)
-    made = _differentiable(layer, options, wanted, grads)
-    return (*made, *(None,) * (len(layer) - len(made)))

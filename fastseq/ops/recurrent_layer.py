@@ -59,8 +59,9 @@ class Layer(NamedTuple):
     keep: Tensor | None
 
 
-#: So many of them can be differentiated.
+#: So many of them can be differentiated, and these are the others' gradients.
 _INPUTS = 12
+_NOT_INPUTS = (None,) * (len(Layer._fields) - _INPUTS)
 
 
 def forward_layer(layer: Layer, options: Options, save: bool) -> tuple[Tensor, ...]:
@@ -226,16 +227,15 @@ class RecurrentFunction(torch.autograd.Function):
     @function_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, options, needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
-        rest = (None,) * (len(needs) - _INPUTS)
-        layer, made, normalized = Layer(*saved[:15]), _Made(*saved[15:20]), saved[20:]
+        layer, made, normalized = Layer(*saved[:15]), Made(*saved[15:20]), saved[20:]
         if all(grad is None for grad in grads):
             return (None,) * len(needs)
         # With create_graph the gradient must be differentiable itself: the reference is.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable(layer, options, needs, grads), *rest)
+            return (*differentiable(layer, options, needs, grads), None)
         if layer.c0 is None:
             grads = (*grads[:2], None, None)
-        gates_x, gates_h, h0, c0, projected, rows = backward_op(
+        found = backward_op(
             made.gates,
             *grads,
             made.output,
@@ -250,38 +250,10 @@ class RecurrentFunction(torch.autograd.Function):
             *options[:4],
             *options[5:],
         )
-        if ctx.taken is not None:
-            gates_x, gates_h = (
-                grad.flatten(0, 1).index_select(0, ctx.taken) if grad.numel() else grad
-                for grad in (gates_x, gates_h)
-            )
-        norms: tuple[Tensor | None, ...] = (None,) * 4
-        if normalized:
-            gates_x, norm_ih, bias = _through_input_norm(gates_x, layer, normalized, options, needs)
-            norms = (*_grad_norms(rows, layer, needs), norm_ih)
-        elif options.kind != "gru":
-            gates_h = gates_x
-        x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
-            gates_x, gates_h, rows, layer, made.output, options, needs, ctx.taken
-        )
-        if normalized:
-            bias_ih = bias if needs[5] else None
-            bias_hh = bias if needs[6] and options.kind != "gru" else bias_hh
-        return (
-            x,
-            h0 if needs[1] else None,
-            c0 if needs[2] else None,
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
-            _grad_weight_hr(projected, made, layer, options) if needs[7] else None,
-            *norms,
-            *rest,
-        )
+        return (*layer_gradients(found, layer, made, options, needs, ctx.taken, normalized), None)
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """What the forward left; see ``States`` of the reference."""
 
     output: Tensor
@@ -289,6 +261,53 @@ class _Made(NamedTuple):
     gates: Tensor
     normalized: Tensor
     statistics: Tensor
+
+
+def layer_gradients(
+    found: Sequence[Tensor],
+    layer: Layer,
+    made: Made,
+    options: Options,
+    needs: Sequence[bool],
+    taken: Tensor | None = None,
+    normalized: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, ...]:
+    """Of all a layer's tensors, from what the backward op found.
+
+    Args:
+        taken: see :func:`_taken`.
+        normalized: what the norm of the input's gates keeps; nothing without layer norm.
+    """
+    gates_x, gates_h, h0, c0, projected, rows = found
+    if taken is not None:
+        gates_x, gates_h = (
+            grad.flatten(0, 1).index_select(0, taken) if grad.numel() else grad
+            for grad in (gates_x, gates_h)
+        )
+    norms: tuple[Tensor | None, ...] = (None,) * 4
+    if normalized:
+        gates_x, norm_ih, bias = _through_input_norm(gates_x, layer, normalized, options, needs)
+        norms = (*_grad_norms(rows, layer, needs), norm_ih)
+    elif options.kind != "gru":
+        gates_h = gates_x
+    x, weight_ih, weight_hh, bias_ih, bias_hh = _gradients(
+        gates_x, gates_h, rows, layer, made.output, options, needs, taken
+    )
+    if normalized:
+        bias_ih = bias if needs[5] else None
+        bias_hh = bias if needs[6] and options.kind != "gru" else bias_hh
+    return (
+        x,
+        h0 if needs[1] else None,
+        c0 if needs[2] else None,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        _grad_weight_hr(projected, made, layer, options) if needs[7] else None,
+        *norms,
+        *_NOT_INPUTS,
+    )
 
 
 def _through_input_norm(
@@ -401,7 +420,7 @@ def _grad_weight_hh(
     return (later.t() @ before).addmm_(first.t(), start)
 
 
-def _grad_weight_hr(projected: Tensor, made: _Made, layer: Layer, options: Options) -> Tensor:
+def _grad_weight_hr(projected: Tensor, made: Made, layer: Layer, options: Options) -> Tensor:
     """As of any linear layer, from its input ``o tanh(c)``, which is computed again."""
     compute = made.cells.dtype
     i, f, g, o = made.gates.to(compute).chunk(4, -1)
@@ -430,10 +449,12 @@ def _grad_norms(rows: Tensor, layer: Layer, needs: Sequence[bool]) -> tuple[Tens
     )
 
 
-def _differentiable(
+def differentiable(
     layer: Layer, options: Options, needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs that can be differentiated again: the reference's."""
+    """Gradients of a layer's tensors that can be differentiated again: the reference's."""
+    if all(grad is None for grad in grads):
+        return (None,) * len(layer)
     viewed: list[Any] = [None if t is None else t.view_as(t) for t in layer]
     aliases = Layer(*viewed)
     results = layer_by_reference(aliases, options)
@@ -445,7 +466,7 @@ def _differentiable(
     ]
     inputs = list(zip(aliases[:_INPUTS], needs, strict=False))
     if not pairs:
-        return (None,) * _INPUTS
+        return (None,) * len(layer)
     found = iter(
         torch.autograd.grad(
             [output for output, _ in pairs],
@@ -455,4 +476,5 @@ def _differentiable(
             allow_unused=True,
         )
     )
-    return tuple(next(found) if want and alias is not None else None for alias, want in inputs)
+    made = [next(found) if want and alias is not None else None for alias, want in inputs]
+    return (*made, *_NOT_INPUTS)
