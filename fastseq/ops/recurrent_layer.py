@@ -134,7 +134,7 @@ def _taken(layer: Layer) -> Tensor | None:
         return None
     if x.numel() * layer.weight_ih.shape[0] < _LEAST_PICKED:
         return None
-    mask = torch.arange(x.shape[0])[:, None] < lengths
+    mask = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
     taken = mask.flatten().nonzero().squeeze(1)
     return taken if taken.numel() <= _MOST_TAKEN * mask.numel() else None
 
