@@ -1,9 +1,9 @@
-// Attention on the CPU: many queries in tiles (attention_tiles.h), few against a cache of keys
-// (attention_decode.h).
+// Attention on the CPU: many queries in tiles, few against a cache of keys.
 #include "attention.h"
 
+#include "attention_backward.h"
 #include "attention_decode.h"
-#include "attention_tiles.h"
+#include "attention_forward.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {

@@ -128,7 +128,7 @@ void gather(const M* from, int64_t stride, int64_t width, int64_t count, int64_t
     if constexpr (kPairs) {
       char* bytes = reinterpret_cast<char*>(to);
       const size_t length = static_cast<size_t>(width) * sizeof(M);
-      std::memcpy(bytes, from, length);
+      if (length > 0) std::memcpy(bytes, from, length);
       std::memset(bytes + length, 0, static_cast<size_t>(pitch) * sizeof(float) - length);
     } else {
       for (int64_t c = 0; c < pitch; c += lanes<float>)
