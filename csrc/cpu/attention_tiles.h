@@ -18,8 +18,8 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-// 16 times the 6 rows whose sums stay in registers; with tiles of 256 keys and head_dim 64, what the
-// backward pass goes through for a block is 0.6 MB in fp32.
+// 16 times the 6 rows whose sums stay in registers; with tiles of 256 keys and head_dim 64, what
+// the backward pass goes through for a block is 0.6 MB in fp32.
 constexpr int64_t kBlockQueries = 96;
 constexpr int64_t kTile = 256;
 // Queries for which a tile of keys is packed once.

@@ -10,10 +10,10 @@ In 16 bits the scores and their gradients come from fp32 GEMMs (the library's 16
 their results, and a score of 10 rounded to bf16 is off by 2%); the other products, whose operands
 are rounded in every flash attention, run in 16 bits at twice the rate.
 
-What lies between the products is done by C++ kernels on the CPU (candidate ``cpu``) or by torch's
-operations (candidate ``torch``, any device and fp64). A NaN or Inf in a key or value must not reach
-queries that do not see it, but in a product 0 times NaN is NaN: where there is any, the careful
-product is taken, which costs two more.
+What lies between the products is done by torch's operations, on any device and in fp64. On the CPU
+the C++ kernels (:mod:`attention_tiles`) are the quicker way, and leave what they cannot do to this
+one: a NaN or Inf in a key or value must not reach queries that do not see it, but in a product 0
+times NaN is NaN. Where there is any, the careful product is taken, which costs two more.
 """
 
 from __future__ import annotations
