@@ -36,7 +36,7 @@ def describe(device: torch.device, arguments: list[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "backends": fastseq.backends(),
     }
-    for package in ("triton", "liger-kernel", "quack-kernels"):
+    for package in ("triton", "liger-kernel", "quack-kernels", "flashrnn"):
         result[package] = _version(package)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -237,11 +237,15 @@ class Runner:
         phase.groups += len(groups)
 
     def _expected(self, probe: Probe, groups: Sequence[Row]) -> float:
-        """Seconds a point takes at the least: the oracle, a run of ours, first calls, rounds."""
+        """Seconds a point takes at the least: the oracle, a run of ours, first calls, rounds.
+
+        The probe had the most threads; with fewer what takes long takes as many times longer.
+        """
+        most = max(group.threads for group in groups)
         part = 1.0 if probe.gradients else _PARTS["inference"]
         first = sum(_PARTS[mode] for mode in {group.mode for group in groups})
         rounds = least_rounds(2 * probe.seconds)
-        sampled = sum(rounds * _PARTS[group.mode] for group in groups)
+        sampled = sum(rounds * _PARTS[group.mode] * most / group.threads for group in groups)
         return probe.seconds * (3 + 2 * (first + sampled) / part)
 
     def _without_doubles(self, wanted: list[Provider], problem: Problem) -> list[Provider]:
