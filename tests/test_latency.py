@@ -6,11 +6,15 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import _nvcc, _sass, latency
+from benchmarks import _nvcc, _sass, latency, report, runner
+from benchmarks.console import Console
+from benchmarks.results import Results
 
 sys.path.insert(0, str(Path(__file__).parent))
 from simt import host as simt_host
@@ -129,3 +133,25 @@ def test_no_compiler_is_a_line_and_architectures_are_nvccs(monkeypatch: pytest.M
     assert latency.measure("90a") == [{"what": "latency", "error": "no nvcc"}]
     assert latency.architecture_of((9, 0)) == "90a"
     assert latency.architecture_of((10, 0)) == "100"
+
+
+@pytest.mark.parametrize("suite", ["gpu", "baselines", "smoke"])
+def test_a_run_on_a_gpu_shows_them_beside_its_ceilings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suite: str
+) -> None:
+    asked = []
+    line = {"what": "flag barrier", "threads": 512, "blocks": 132, "cluster": 1, "nanoseconds": 990}
+    monkeypatch.setattr(
+        latency, "measure", lambda architecture: asked.append(architecture) or [line]
+    )
+    found = {"copy": 4e12, "matmul": {"bf16": 8e14}, "launch": 2e-6}
+    monkeypatch.setattr(runner.ceilings, "measure", lambda *_: dict(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    results = Results({"device": "a GPU", "torch": "2", "commit": "c", "gpu": "a GPU"})
+    settings = runner.Settings(torch.device("cuda"), ["inference"], [1], suite)
+    runner.Runner(settings, results)._measure_ceilings([[SimpleNamespace(dtype="bf16")]])
+    report.show_environment(results, Console(width=200))
+    printed = capsys.readouterr().out
+    assert "empty launch 2.00 us" in printed
+    assert asked == ([] if suite == "smoke" else ["90a"])
+    assert ("waits: flag barrier (132 blocks of 512) 990 ns" in printed) == (suite != "smoke")
