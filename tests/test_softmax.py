@@ -141,7 +141,8 @@ def test_invariants(backend: str, dim: int) -> None:
         torch.testing.assert_close(y.sum(dim), torch.ones_like(y.sum(dim)), rtol=0, atol=5e-7)
         whole = (x * 64).round() / 64  # so that adding 128 is exact
         shifted = functional.softmax(whole + 128, dim)
-        assert torch.equal(shifted, functional.softmax(whole, dim)) or backend == "reference"
+        # Along rows exp is taken of the scores themselves: two exponentials within 2.25 ulp each.
+        torch.testing.assert_close(shifted, functional.softmax(whole, dim), rtol=1e-6, atol=1e-30)
         order = torch.randperm(x.shape[dim])
         permuted = functional.softmax(x.index_select(dim, order), dim)
         torch.testing.assert_close(permuted, y.index_select(dim, order), rtol=1e-6, atol=1e-7)

@@ -90,10 +90,18 @@ inline F32x exp(F32x x) {
   return times_two_to(n, shifted, power, x);
 }
 
+// 2^f for |f| <= 1/2: a fit that is 1 at 0 and 9.3e-8 off at most.
+inline F32x two_to(F32x f) {
+  F32x power = fma(f, splat(0x1.5bda4p-10f), splat(0x1.3ce8acp-7f));
+  power = fma(power, f, splat(0x1.c6b6d8p-5f));
+  power = fma(power, f, splat(0x1.ebf9c2p-3f));
+  power = fma(power, f, splat(0x1.62e42ap-1f));
+  return fma(power, f, splat(1.0f));
+}
+
 // As exp, for x <= 0 and a little above (to 88), within 2.25 ulp: e^x = 2^n * 2^f with
 // n = round(x / ln 2) and |f| <= 1/2, a fifth of the operations fewer. x / ln 2 - n is exact but
-// for what 1 / ln 2 has beyond a float, which is added. The fit of 2^f is 1 at 0 and 9.3e-8 off at
-// most.
+// for what 1 / ln 2 has beyond a float, which is added.
 inline F32x exp_nonpositive(F32x x) {
 #if defined(__AVX2__)
   const F32x magic = splat(0x1.8p23f);
@@ -101,28 +109,22 @@ inline F32x exp_nonpositive(F32x x) {
   const F32x shifted = fma(x, splat(0x1.715476p0f), magic);
   const F32x n = shifted - magic;
   const F32x f = fma(x, splat(0x1.4ae0cp-26f), fma(x, splat(0x1.715476p0f), -n));
-  F32x power = fma(f, splat(0x1.5bda4p-10f), splat(0x1.3ce8acp-7f));
-  power = fma(power, f, splat(0x1.c6b6d8p-5f));
-  power = fma(power, f, splat(0x1.ebf9c2p-3f));
-  power = fma(power, f, splat(0x1.62e42ap-1f));
-  power = fma(power, f, splat(1.0f));
-  return times_two_to(n, shifted, power, x);
+  return times_two_to(n, shifted, two_to(f), x);
 #else
   return exp(x);  // without FMA x / ln 2 - n would not be exact
 #endif
 }
 
-// As exp, within 2^-16 of the result, for -87 <= x <= 0 and results that are rounded to 16 bits;
-// below it is 0 or as small. 2^t = 2^floor(t) * 2^f, 0 <= f <= 1, and a fit of 2^f that is 1 at 0:
-// half the operations where one instruction takes f out of t and another the floor.
-inline F32x exp_coarse(F32x x) {
+// 2^t within 2^-16 of the result, for -126 <= t < 128; below it is 0 or as small. 2^floor(t) * 2^f,
+// 0 <= f <= 1, and a fit of 2^f that is 1 at 0: half the operations where one instruction takes f
+// out of t and another the floor.
+inline F32x two_to_coarse(F32x t) {
 #if defined(__AVX512DQ__)
-  const F32x t = x * 0x1.715476p0f;
   const F32x f = bit_cast<F32x>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(t), 0x09));
   const F32x shifted = {};
 #else
   const F32x magic = splat(0x1.8p23f);
-  const F32x t = maximum(splat(-150.0f), x * 0x1.715476p0f);
+  t = maximum(splat(-150.0f), t);
   const F32x shifted = (t - 0.5f) + magic;
   const F32x f = t - (shifted - magic);
 #endif
@@ -130,8 +132,38 @@ inline F32x exp_coarse(F32x x) {
   power = fma(power, f, splat(0x1.ee2452p-3f));
   power = fma(power, f, splat(0x1.62d6c6p-1f));
   power = fma(power, f, splat(1.0f));
-  return times_two_to(t, shifted, power, x);  // whose instruction takes the floor of t
+  // The instruction takes the floor of t itself.
+  return times_two_to(t, shifted, power, t * 0x1.62e43p-1f);
 }
+
+// As exp, within 2^-16 of the result, for -87 <= x <= 0 and results that are rounded to 16 bits.
+inline F32x exp_coarse(F32x x) { return two_to_coarse(x * 0x1.715476p0f); }
+
+// e^x / 2^n with a whole n, for |x| up to 1000 where the result is in reach (far below that it is
+// 0), as near as exp_nonpositive and exp_coarse come. A softmax whose 2^n is of the order of its
+// largest e^x needs no exact maximum, and no difference to it, which would be rounded.
+#if defined(__AVX2__)
+constexpr bool kScaled = true;
+
+template <bool Coarse>
+inline F32x exp_scaled(F32x x, F32x n) {
+  if constexpr (Coarse) return two_to_coarse(fma(x, splat(0x1.715476p0f), -n));
+  const F32x magic = splat(0x1.8p23f);
+  x = maximum((n - 150.0f) * 0x1.62e43p-1f, x);
+  const F32x shifted = fma(x, splat(0x1.715476p0f), magic);
+  const F32x whole = shifted - magic;
+  const F32x f = fma(x, splat(0x1.4ae0cp-26f), fma(x, splat(0x1.715476p0f), -whole));
+  const F32x left = whole - n;
+  return times_two_to(left, shifted - n, two_to(f), left * 0x1.62e43p-1f);
+}
+#else
+constexpr bool kScaled = false;  // without FMA x / ln 2 - n would not be exact
+
+template <bool Coarse>
+inline F32x exp_scaled(F32x x, F32x) {
+  return x;
+}
+#endif
 
 // As for floats, with the Taylor series to the 13th power: 4e-18 off at most. 0 below 1e-307.
 inline F64x exp(F64x x) {
