@@ -4,13 +4,13 @@
 //   backward   sum of grad * y -> write             reads y and grad once, writes once
 //
 // Forward along the last dimension takes e^x over a power of two that is near the row's largest, so
-// no sweep looks for the maximum, and writes one row while it reads another. log_softmax, fp64, very
-// long rows and very large scores go by the maximum, in three sweeps of which only the first meets
-// memory. What lies between the sweeps is kept in fp32 in a buffer that L1 or L2 holds, so exp is
-// taken once an element and 16-bit numbers are converted once.
+// no sweep looks for the maximum, and writes one row while it reads another. log_softmax, fp64,
+// very long rows and very large scores go by the maximum, in three sweeps of which only the first
+// meets memory. What lies between the sweeps is kept in fp32 in a buffer that L1 or L2 holds, so
+// exp is taken once an element and 16-bit numbers are converted once.
 //
-// By the maximum, short rows go by a few at a time, phase by phase: what is done across the lanes of
-// one (its maximum, its sum, a division) takes long and hinders nobody else.
+// By the maximum, short rows go by a few at a time, phase by phase: what is done across the lanes
+// of one (its maximum, its sum, a division) takes long and hinders nobody else.
 //
 // Along another dimension: softmax_columns.h.
 //
