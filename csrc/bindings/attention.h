@@ -42,13 +42,13 @@ ScoreTerms terms_of(const std::optional<Tensor>& bias, const std::optional<Tenso
 }
 
 HeadRows head_rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1,
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1,
                   "attention kernels take rows whose elements lie side by side");
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
 Statistic statistic_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.stride(2) == 1,
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(2) == 1 || tensor.stride(2) == 1,
                   "attention kernels take the numbers of a head's queries side by side");
   return {static_cast<float*>(tensor.data_ptr()), {tensor.stride(0), tensor.stride(1)}};
 }
