@@ -79,7 +79,7 @@ def test_plans_fit_the_chip(host: simt_host.Host, backward: bool) -> None:
                 assert found["units"] * found["blocks"] >= hidden
                 assert found["groups"] * found["rows"] >= batch
                 inner = (layer.gates if backward else 1) * hidden
-                assert found["chunks"] * 64 >= inner * element
+                assert found["chunks"] * found["partners"] * 64 >= inner * element
                 assert found["split_chunks"] * found["splits"] >= found["chunks"]
                 assert found["weight_bytes"] * found["blocks"] >= layer.gates * hidden**2 * element
     assert served > 60
@@ -119,12 +119,12 @@ def on_device(
     host: simt_host.Host, layer: Layer, number: int = 1, backward: bool = False
 ) -> dict[str, int]:
     """The plan that asks the runtime of an emulated GPU, which is not the current one."""
-    figures = np.zeros(6, np.int64)
+    figures = np.zeros(8, np.int64)
     task = layer.task()[:5]
     error = host.call("plan_on_device", [figures], [int(backward), number, *task, 0, 0])
     if error is not None:
         raise ValueError(error)
-    names = ("exchange", "blocks", "asked", "current", "allowed", "bytes")
+    names = ("exchange", "blocks", "asked", "current", "allowed", "bytes", "partners", "at_once")
     return dict(zip(names, figures.tolist(), strict=True))
 
 
@@ -141,7 +141,7 @@ def test_the_plan_on_a_device_asks_that_device() -> None:
         # A smaller layer's plan takes nothing back from the same kernel.
         assert on_device(host, Layer(hidden=40))["allowed"] >= whole["bytes"]
         # No room for sixteen, nor for eight: smaller clusters, then a grid.
-        for largest, batch, expected in ((8, 2, (1, 8)), (1, 4, (2, 16))):
+        for largest, batch, expected in ((8, 2, (1, 8)), (1, 4, (2, 24))):
             assert host.call("device", [], [1, 132, 232448, 9, largest]) is None
             found = on_device(host, Layer(hidden=384, batch=batch))
             assert (found["exchange"], found["blocks"]) == expected, largest
@@ -153,6 +153,22 @@ def test_the_plan_on_a_device_asks_that_device() -> None:
             assert found["blocks"] == expected[1] or expected[1] == 0
         with pytest.raises(ValueError, match="do not fit on the chip"):
             on_device(host, Layer(hidden=4096))
+        # Clusters within a grid: as many partners as find room, of which more than eight only
+        # where no fewer serve; and no more groups in a launch than run at once.
+        large = Layer(hidden=1792)
+        for largest, batch, partners in ((16, 8, 8), (4, 16, 4)):
+            assert host.call("device", [], [1, 132, 232448, 9, largest]) is None
+            found = on_device(host, dataclasses.replace(large, batch=batch), backward=True)
+            assert (found["exchange"], found["blocks"]) == (2, 112)
+            assert found["partners"] == partners, largest
+        assert host.call("device", [], [1, 132, 232448, 9, 15]) is None
+        twice = Layer("gru", hidden=1280, batch=16)
+        assert plan(host, twice, True)["at_once"] == 2  # the estimate
+        found = on_device(host, twice, backward=True)
+        assert (found["blocks"], found["partners"], found["at_once"]) == (40, 8, 1)
+        assert host.call("device", [], [1, 132, 232448, 9, 1]) is None
+        with pytest.raises(ValueError, match="do not fit on the chip"):
+            on_device(host, dataclasses.replace(large, batch=17), backward=True)
 
 
 @pytest.mark.skipif(_extension.UNAVAILABLE is not None, reason="needs the extension")
@@ -237,6 +253,11 @@ GRIDS = [
     {"steps": 3, "hidden": 40, "blocks": 2, "strands": 2, "arithmetic": "f16"},
     {"steps": 5, "batch": 13, "hidden": 48, "strands": 2, "splits": 1, "bptt": 2},
     {"steps": 1, "batch": 9, "hidden": 30, "strands": 2},
+    # Clusters that share the product; the last block has none of 33 units.
+    {"steps": 5, "hidden": 100, "blocks": 8, "splits": 1, "partners": 4, "arithmetic": "f16"},
+    {"steps": 3, "hidden": 60, "blocks": 4, "splits": 2, "partners": 2, "arithmetic": "f32"},
+    {**FULL, "hidden": 33, "blocks": 4, "splits": 1, "partners": 2, "reverse": True, "bptt": 2},
+    {"batch": 13, "hidden": 64, "blocks": 4, "splits": 1, "partners": 2, "strands": 2},
 ]
 
 
@@ -248,7 +269,9 @@ def test_grids(host: simt_host.Host, kind: str, changed: dict[str, object]) -> N
         found = plan(host, layer, True)
         assert (found["strands"], found["waves"]) == (2, 2)
     else:
-        assert plan(host, layer, False)["strands"] == max(1, layer.strands)
+        found = plan(host, layer, False)
+        assert found["strands"] == max(1, layer.strands)
+        assert found["partners"] == max(1, layer.partners)
     for seed in range(3):
         check(host, layer, seed)
 
@@ -260,6 +283,28 @@ def test_weights_in_registers_and_in_shared_memory(host: simt_host.Host, kind: s
     layer = dataclasses.replace(layer, splits=1)
     assert plan(host, layer, False)["split_chunks"] > 4
     check(host, layer)
+    shared = dataclasses.replace(layer, arithmetic="f32", exchange="grid", partners=2)
+    assert plan(host, shared, False)["split_chunks"] > 4
+    check(host, shared)
+
+
+def test_a_large_layer_by_partners(host: simt_host.Host) -> None:
+    """What no block has room for otherwise, as the plan for an H200 has it."""
+    for kind, arithmetic, hidden in (
+        ("lstm", "bf16", 1792), ("lstm", "f16", 1920), ("lstm", "f32", 1024), ("gru", "f32", 1024)
+    ):  # fmt: skip
+        layer = Layer(kind, arithmetic, hidden=hidden, batch=8)
+        found = plan(host, layer, True)
+        assert found["partners"] > 1
+        assert found["chunks"] * found["partners"] * 64 >= layer.gates * hidden * (
+            2 if arithmetic.endswith("16") else 4
+        )
+        with pytest.raises(ValueError, match="do not fit"):
+            plan(host, dataclasses.replace(layer, partners=1), True)
+        # How a sum is taken does not depend on the batch.
+        many = plan(host, dataclasses.replace(layer, batch=40), True)
+        for name in ("units", "partners", "splits", "split_chunks", "chunks"):
+            assert many[name] == found[name]
 
 
 SIDE_BY_SIDE = [
@@ -272,6 +317,7 @@ SIDE_BY_SIDE = [
     {"chip": FEW, "batch": 19, "blocks": 2, "arithmetic": "tf32"},
     # Three tiles of rows in turns by two: the fourth is nobody's, not the other direction's.
     {"exchange": "grid", "blocks": 2, "batch": 19, "hidden": 40, "strands": 2, "splits": 1},
+    {"exchange": "grid", "blocks": 4, "hidden": 60, "partners": 2, "splits": 1},
 ]
 
 
@@ -348,13 +394,15 @@ def test_a_row_does_not_depend_on_its_batch(host: simt_host.Host, kind: str) -> 
 @pytest.mark.parametrize(
     ("exchange", "blocks", "splits"),
     [("block", 1, 1), ("block", 1, 2), ("cluster", 2, 1), ("cluster", 4, 2), ("cluster", 16, 1),
-     ("grid", 4, 1)],
+     ("grid", 4, 1), ("partners", 4, 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_same_bits_under_every_schedule(
     host: simt_host.Host, kind: str, exchange: str, blocks: int, splits: int
 ) -> None:
     layer = Layer(kind, "bf16", 6, 8, 64, blocks, splits, exchange=exchange)
+    if exchange == "partners":
+        layer = dataclasses.replace(layer, exchange="grid", partners=2)
     results = set()
     for seed in range(8):
         made = run_forward(host, layer, seed)
@@ -397,7 +445,7 @@ def faulty() -> Path:
 
 @pytest.mark.parametrize("name", recurrent_faults.FAULTS)
 def test_a_missing_order_is_noticed(faulty: Path, name: str) -> None:
-    exchange = "grid" if "grid" in name else "cluster"
+    exchange = "grid" if "grid" in name or "partner" in name else "cluster"
     for seed in range(16):
         with simt_host.Host(faulty) as host:
             number = list(recurrent_faults.FAULTS).index(name)
@@ -405,6 +453,8 @@ def test_a_missing_order_is_noticed(faulty: Path, name: str) -> None:
             layer = Layer("lstm", "bf16", 6, 8, 64, 2, 1 + seed % 2, exchange=exchange)
             if "strand" in name:
                 layer = dataclasses.replace(layer, batch=16, strands=2)
+            if "partner" in name:
+                layer = dataclasses.replace(layer, hidden=100, blocks=8, splits=1, partners=4)
             try:
                 if "direction" in name:
                     other = dataclasses.replace(layer, draw=1)
@@ -425,6 +475,8 @@ def test_without_a_fault_nothing_is_noticed(faulty: Path) -> None:
                 check(host, layer, seed)
                 if exchange == "grid":
                     check(host, dataclasses.replace(layer, batch=16, strands=2), seed)
+                    wide = dataclasses.replace(layer, hidden=100, blocks=8, splits=1)
+                    check(host, dataclasses.replace(wide, partners=4), seed)
 
 
 @pytest.mark.slow
@@ -435,9 +487,14 @@ def test_no_races(kind: str) -> None:
         pytest.skip("no C++ compiler")
     with simt_host.Host(simt_host.build("recurrent", races=True)) as host:
         for turn, (arithmetic, (exchange, blocks, splits)) in enumerate(
-            itertools.product(ARITHMETICS, (("block", 1, 2), ("cluster", 4, 1), ("grid", 2, 2)))
+            itertools.product(
+                ARITHMETICS,
+                (("block", 1, 2), ("cluster", 4, 1), ("grid", 2, 2), ("partners", 4, 1)),
+            )
         ):
-            layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, exchange=exchange)
+            partners = 2 if exchange == "partners" else 0
+            layer = Layer(kind, arithmetic, 5, 5, 64, blocks, splits, partners=partners)
+            layer = dataclasses.replace(layer, exchange="grid" if partners else exchange)
             layer = dataclasses.replace(layer, strands=1 + turn % 2)
             layer = dataclasses.replace(layer, lengths=(5, 0, 2, 4, 5), reverse=turn % 2 == 1)
             check(host, layer, seed=turn)

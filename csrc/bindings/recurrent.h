@@ -181,6 +181,7 @@ std::string recurrent_plan(int64_t cell, ScalarType dtype, bool tf32, int64_t ba
   add("waves", plan.waves);
   add("rows", recurrent::kRows);
   add("strands", plan.strands);
+  add("partners", plan.partners);
   add("units", plan.units);
   add("tiles", plan.tiles);
   add("splits", plan.splits);

@@ -90,7 +90,8 @@ const char* run(Kernel kernel, const Directions<Problem>& directions, const Plan
   LaunchShape shape;
   shape.block = dim3(static_cast<unsigned>(plan.threads));
   shape.shared_bytes = static_cast<size_t>(plan.layout.bytes);
-  shape.cluster = plan.exchange == Exchange::cluster ? static_cast<unsigned>(plan.blocks) : 1;
+  shape.cluster =
+      static_cast<unsigned>(plan.exchange == Exchange::cluster ? plan.blocks : plan.partners);
   shape.cooperative = is_grid;
   bool wide = true;
   for (int d = 0; d < plan.directions; ++d) wide = wide && is_wide(directions.of[d], arithmetic);

@@ -51,24 +51,26 @@ struct Backward {
   __device__ __forceinline__ int row(int e) const { return place.lane % 4 * 2 + e; }
   // Of a unit and row in a tensor [B, H].
   __device__ __forceinline__ int64_t at(int octet, int e) const {
-    return (place.first_row + row(e)) * a.hidden + place.first_unit + unit(octet);
+    return (place.first_row() + row(e)) * a.hidden + place.first_unit + unit(octet);
   }
 
   // Sixteen bytes of weights from inner element k on, of an octet's unit: its column. k is gate
   // k / padded units of unit k % padded units; whole pieces lie within a gate.
   __device__ __forceinline__ uint4 weights(int octet, int k) const {
+    k += share_of(plan) * (plan.chunks * kChunkBytes / kElement);
     const int gate = k / plan.padded_units, from = k % plan.padded_units;
-    const int left = exists(octet) && gate < kGates ? static_cast<int>(a.hidden) - from : 0;
+    const bool is_there = place.first_unit + unit(octet) < a.hidden && gate < kGates;
+    const int left = is_there ? static_cast<int>(a.hidden) - from : 0;
     const int64_t at = (gate * a.hidden + from) * a.hidden + place.first_unit + unit(octet);
     return gather(static_cast<const Type*>(a.weight_hh) + at, a.hidden, left);
   }
 
   __device__ __forceinline__ void begin() {
-    if (place.split != 0) return;
+    if (!has_cells(plan, place)) return;
     const int last = a.reverse ? 0 : static_cast<int>(a.steps) - 1;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const bool real = row(e) < place.rows;
+      const bool real = row(e) < rows_of(plan, place);
 #pragma unroll
       for (int q = 0; q < kOctets; ++q) {
         const auto first = [&](const void* given) {
@@ -117,14 +119,14 @@ struct Backward {
     const bool has_before = before >= 0 && before < a.steps;
     // Of tensors [T, B, fields * H], and of those with strides of their own.
     const auto packed = [&](char* stage, const void* data, int64_t time, int fields, int bytes) {
-      const int64_t from = (time * a.batch + place.first_row) * fields * a.hidden;
+      const int64_t from = (time * a.batch + place.first_row()) * fields * a.hidden;
       char* const global = data == nullptr ? nullptr
                                            : const_cast<char*>(static_cast<const char*>(data)) +
                                                  (from + place.first_unit) * bytes;
       return Strip{stage, global, fields * a.hidden * bytes, a.hidden * bytes};
     };
     const auto strided = [&](char* stage, const Steps& steps, int bytes) {
-      const int64_t from = t * steps.stride_t + place.first_row * steps.stride_b;
+      const int64_t from = t * steps.stride_t + place.first_row() * steps.stride_b;
       char* const global = steps.data == nullptr
                                ? nullptr
                                : static_cast<char*>(steps.data) + (from + place.first_unit) * bytes;
@@ -143,7 +145,7 @@ struct Backward {
   }
 
   __device__ __forceinline__ void take(int n) const {
-    const int64_t from = int64_t{time(n)} * a.batch + place.first_row;
+    const int64_t from = int64_t{time(n)} * a.batch + place.first_row();
     char* const stage = output(n);
     const auto strip = [&](char* part, void* data, int field) {
       char* const to = data == nullptr
@@ -186,7 +188,7 @@ struct Backward {
     return grad > bound ? bound : grad < -bound ? -bound : grad;
   }
 
-  __device__ __forceinline__ void step(int n, const Sums& sums, char* next) {
+  __device__ __forceinline__ void step(int n, const Sums& sums, char* sent) {
     arrive_at(n, sums);
     const int t = time(n), before = time_before(n);
     const Input in = input(n);
@@ -237,8 +239,7 @@ struct Backward {
           const float y = gate[0];
           gate[0] = a.cell == Cell::tanh ? grad * (1 - y * y) : y > 0 ? grad : 0.0f;
         }
-        Type* const column =
-            reinterpret_cast<Type*>(next + r * plan.layout.state_pitch) + place.first_unit + u;
+        char* const column = sent + r * plan.layout.sent_pitch + u * kElement;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
           const Type rounded = active ? E::from_float(gate[g]) : Type{};
@@ -250,15 +251,9 @@ struct Backward {
               reinterpret_cast<Type*>(hidden_out + r * in.pitch)[u] = operand;
             }
           }
-          column[g * plan.padded_units] = E::operand(operand);
+          *reinterpret_cast<Type*>(column + g * plan.layout.sent_field) = E::operand(operand);
         }
       }
-  }
-
-  __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
-    const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, kFields, kElement>(plan, place, workspace, shared, n, next, units,
-                                     plan.padded_units * kElement);
   }
 
   // What the thread keeps of the strand, to shared memory or from there.
@@ -286,7 +281,7 @@ struct Backward {
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (row(e) >= place.rows || !exists(q)) continue;
+        if (row(e) >= rows_of(plan, place) || !exists(q)) continue;
         static_cast<Type*>(a.grad_h0)[at(q, e)] = E::from_float(h[q][e]);
         if constexpr (kLstm) static_cast<Type*>(a.grad_c0)[at(q, e)] = E::from_float(c[q][e]);
       }

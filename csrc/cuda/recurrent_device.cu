@@ -21,9 +21,10 @@ using recurrent::Task;
 int groups_that_run(const Task& task, const Plan& plan, const Chip& chip) {
   const void* const kernel = recurrent::kernel_of(task, plan);
   if (kernel == nullptr) return 0;
+  const int cluster = plan.exchange == Exchange::cluster ? plan.blocks : plan.partners;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
@@ -32,10 +33,11 @@ int groups_that_run(const Task& task, const Plan& plan, const Chip& chip) {
   config.numAttrs = 1;
   int count = 0;
   cudaError_t error = allow_shared(kernel, config.dynamicSmemBytes);
-  if (plan.exchange == Exchange::cluster) {
+  if (cluster > 1) {
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    count = count * cluster / plan.blocks;
   } else {
     if (error == cudaSuccess)
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, plan.threads,
@@ -61,17 +63,24 @@ class OnDevice {
 };
 
 // Chips differ in how many multiprocessors they have together, and a slice of one has fewer: where
-// no cluster of the size finds room, smaller ones are tried, then a grid.
+// no cluster of the size finds room, smaller ones are tried, then a grid. All of a grid's launch
+// has to run at once: its groups are what the runtime has room for.
 Plan plan_on(const Task& task, int device) {
   const OnDevice current(device);
   const BlockLimits limits = block_limits_cuda(device);
   Chip chip{multiprocessor_count_cuda(device), limits.shared_bytes, limits.cluster};
   for (;;) {
-    const Plan plan = recurrent::choose(task, chip);
-    if (plan.rejected != nullptr || groups_that_run(task, plan, chip) > 0) return plan;
-    if (plan.exchange != Exchange::cluster)
-      return recurrent::rejected("the device has no room for the kernel's blocks");
-    chip.max_cluster = plan.blocks / 2;
+    Plan plan = recurrent::choose(task, chip);
+    if (plan.rejected != nullptr) return plan;
+    const int groups = groups_that_run(task, plan, chip) * plan.strands;
+    if (groups > 0) {
+      if (plan.exchange == Exchange::grid && groups < plan.at_once)
+        recurrent::set_at_once(plan, groups);
+      return plan;
+    }
+    const int cluster = plan.exchange == Exchange::cluster ? plan.blocks : plan.partners;
+    if (cluster == 1) return recurrent::rejected("the device has no room for the kernel's blocks");
+    chip.max_cluster = cluster / 2;
   }
 }
 

@@ -36,6 +36,8 @@ struct Forward {
   __device__ __forceinline__ int time(int n) const {
     return a.reverse ? static_cast<int>(a.steps) - 1 - n : n;
   }
+  // Elements of the block's part of the state.
+  __device__ __forceinline__ int part() const { return plan.chunks * kChunkBytes / kElement; }
   // Of the block's units, and of all.
   __device__ __forceinline__ int unit(int octet) const {
     return (place.tile * kOctets + octet) * 8 + place.lane / 4;
@@ -47,7 +49,8 @@ struct Forward {
   // half % kGates of an octet's unit.
   __device__ __forceinline__ uint4 weights(int half, int k) const {
     const int octet = half / kGates, gate = half % kGates;
-    const int left = exists(octet) ? static_cast<int>(a.hidden) - k : 0;
+    k += share_of(plan) * part();
+    const int left = place.first_unit + unit(octet) < a.hidden ? static_cast<int>(a.hidden) - k : 0;
     const int64_t row = gate * a.hidden + place.first_unit + unit(octet);
     const Type* const from = static_cast<const Type*>(a.weight_hh) + row * a.hidden + k;
     if (copies.wide) {
@@ -56,14 +59,14 @@ struct Forward {
     return gather(from, 1, left);
   }
 
-  __device__ __forceinline__ void store_state(char* state, int e, int octet, float value) const {
+  __device__ __forceinline__ void store_state(char* sent, int e, int octet, float value) const {
     const int r = row(e);
-    if (a.keep != nullptr && r < place.rows && exists(octet)) {
+    if (a.keep != nullptr && r < rows_of(plan, place) && exists(octet)) {
       const Type keep = static_cast<const Type*>(
-          a.keep)[(place.first_row + r) * a.hidden + place.first_unit + unit(octet)];
+          a.keep)[(place.first_row() + r) * a.hidden + place.first_unit + unit(octet)];
       value *= E::to_float(keep);
     }
-    reinterpret_cast<Type*>(state + r * plan.layout.state_pitch)[place.first_unit + unit(octet)] =
+    reinterpret_cast<Type*>(sent + r * plan.layout.sent_pitch)[unit(octet)] =
         E::operand(E::from_float(value));
   }
 
@@ -71,13 +74,16 @@ struct Forward {
     return reinterpret_cast<float*>(shared + plan.layout.bias);
   }
 
-  // The first state, of which every block reads all, and what the thread keeps to itself.
+  // The first state, of which every block reads all it multiplies, and what the thread keeps to
+  // itself.
   __device__ __forceinline__ void begin() {
     char* const state = shared + plan.layout.state;
     const Type* const h0 = static_cast<const Type*>(a.h0);
-    for (int r = 0; r < place.rows; ++r)
-      for (int u = static_cast<int>(threadIdx.x); u < a.hidden; u += static_cast<int>(blockDim.x)) {
-        const int64_t at = (place.first_row + r) * a.hidden + u;
+    const int first = share_of(plan) * part();
+    const int count = min(part(), static_cast<int>(a.hidden) - first);
+    for (int r = 0; r < rows_of(plan, place); ++r)
+      for (int u = static_cast<int>(threadIdx.x); u < count; u += static_cast<int>(blockDim.x)) {
+        const int64_t at = (place.first_row() + r) * a.hidden + first + u;
         Type value = h0[at];
         if (a.keep != nullptr)
           value =
@@ -94,14 +100,14 @@ struct Forward {
                                              : E::to_float(static_cast<const Type*>(a.bias_hh)[at]);
         }
     }
-    if (place.split != 0) return;
+    if (!has_cells(plan, place)) return;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       const int64_t u = place.first_unit + unit(q);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int64_t b = place.first_row + row(e);
-        const bool real = row(e) < place.rows;
+        const int64_t b = place.first_row() + row(e);
+        const bool real = row(e) < rows_of(plan, place);
         h[q][e] = real && exists(q) ? E::to_float(h0[b * a.hidden + u]) : 0.0f;
         if constexpr (kLstm)
           c[q][e] = real && exists(q)
@@ -123,14 +129,14 @@ struct Forward {
     const Steps& x = a.gates_x;
     char* const from =
         static_cast<char*>(x.data) +
-        (time(n) * x.stride_t + place.first_row * x.stride_b + place.first_unit) * kElement;
+        (time(n) * x.stride_t + place.first_row() * x.stride_b + place.first_unit) * kElement;
     bring_in<kGates, kElement>({input(n), from, x.stride_b * kElement, a.hidden * kElement}, plan,
                                place, copies);
   }
 
   // Takes out what step n left.
   __device__ __forceinline__ void take(int n) const {
-    const int64_t at = int64_t{time(n)} * a.batch + place.first_row;
+    const int64_t at = int64_t{time(n)} * a.batch + place.first_row();
     const int units = plan.units;
     char* stage = output(n);
     const auto strip = [&](void* data, int fields, int bytes) {
@@ -147,7 +153,7 @@ struct Forward {
   }
 
   // From the thread's part of the product to the next state, for the thread's own units and rows.
-  __device__ __forceinline__ void step(int n, const Sums& sums, char* next) {
+  __device__ __forceinline__ void step(int n, const Sums& sums, char* sent) {
     const int t = time(n);
     const char* const x = input(n);
     char* const out = output(n);
@@ -195,13 +201,8 @@ struct Forward {
           reinterpret_cast<Type*>(saved_out + r * saved_pitch)[s * plan.units + u] =
               active ? E::from_float(gate[s]) : Type{};
         if (active) h[q][e] = E::to_float(rounded);
-        store_state(next, e, q, h[q][e]);
+        store_state(sent, e, q, h[q][e]);
       }
-  }
-
-  __device__ __forceinline__ void publish(int n, char* next, const Workspace& workspace) const {
-    const int units = (place.first_unit + place.tile * 8 * kOctets) * kElement;
-    send<kOctets, kFields, kElement>(plan, place, workspace, shared, n, next, units, 0);
   }
 
   // What the thread keeps of the strand, to shared memory or from there.
@@ -223,13 +224,13 @@ struct Forward {
   }
 
   __device__ __forceinline__ void finish() const {
-    if (place.split != 0) return;
+    if (!has_cells(plan, place)) return;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (row(e) >= place.rows || !exists(q)) continue;
-        const int64_t at = (place.first_row + row(e)) * a.hidden + place.first_unit + unit(q);
+        if (row(e) >= rows_of(plan, place) || !exists(q)) continue;
+        const int64_t at = (place.first_row() + row(e)) * a.hidden + place.first_unit + unit(q);
         static_cast<Type*>(a.h_n)[at] = E::from_float(h[q][e]);
         if constexpr (kLstm) static_cast<Type*>(a.c_n)[at] = E::from_float(c[q][e]);
       }

@@ -11,21 +11,41 @@ namespace fastseq::recurrent {
 struct Place {
   int group, rank;        // of the launch's groups (the strand's, now), of the group's blocks
   int direction;          // whose rows the group has
-  int warp, lane;         // lane = 4 * (lane / 4) + quad
-  int tile, split;        // of the warp
+  int lane;               // 4 * (lane / 4) + quad
+  int tile, split;        // of the warp; tiles that are not of 0 to own_tiles are partners'
   int first_unit, units;  // of the block: the first, and how many exist
-  int64_t first_row;
-  int rows;  // that exist
+  int tile_of_rows;       // of the direction's
+  __device__ __forceinline__ int64_t first_row() const { return int64_t{tile_of_rows} * kRows; }
 };
+
+// The same number, of which the compiler knows nothing: what follows from it is worked out anew in
+// each step, in place of being kept in registers, which are the weights'.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+__device__ __forceinline__ int warp_of() { return opaque(static_cast<int>(threadIdx.x)) / 32; }
+
+__device__ __forceinline__ bool has_partners(const Plan& plan) {
+  return kHasClusters && plan.partners > 1;
+}
+
+// Which of its partners the block is, and so which part of the state it has. Not kept in a
+// register.
+__device__ __forceinline__ int share_of(const Plan& plan) {
+  return has_partners(plan) ? static_cast<int>(cluster_rank()) : 0;
+}
 
 __device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int64_t hidden) {
   Place place;
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   place.rank = block % plan.blocks;
-  place.warp = thread / 32;
   place.lane = thread % 32;
-  place.split = place.warp / plan.tiles;
-  place.tile = place.warp % plan.tiles;
+  place.split = thread / 32 / plan.tiles;
+  place.tile = thread / 32 % plan.tiles - share_of(plan) * plan.own_tiles;
   place.first_unit = place.rank * plan.units;
   place.units =
       static_cast<int>(max(int64_t{0}, min(int64_t{plan.units}, hidden - place.first_unit)));
@@ -35,22 +55,23 @@ __device__ __forceinline__ Place place_of(const Plan& plan, int first_group, int
   return place;
 }
 
+// That exist of the group's; worked out where they are wanted, for a register.
+__device__ __forceinline__ int rows_of(const Plan& plan, const Place& place) {
+  return static_cast<int>(max(int64_t{0}, min(int64_t{kRows}, plan.batch - place.first_row())));
+}
+
 // The place's group and rows become those of a strand.
 __device__ __forceinline__ void turn_to(Place& place, int strand, const Plan& plan,
                                         int first_group) {
   place.group = static_cast<int>(blockIdx.x) / plan.blocks * plan.strands + strand;
-  const int of_direction = first_group + place.group - place.direction * plan.groups;
-  place.first_row = int64_t{of_direction} * kRows;
-  place.rows = static_cast<int>(max(int64_t{0}, min(int64_t{kRows}, plan.batch - place.first_row)));
+  const int tile = first_group + place.group;
+  place.tile_of_rows = tile >= plan.groups ? tile - plan.groups : tile;
 }
 
-// The same number, of which the compiler knows nothing: what follows from it is worked out anew in
-// each step, in place of being kept in registers, which are the weights'.
-__device__ __forceinline__ int opaque(int x) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
+// Whether the warp makes the next state of its tile's units.
+__device__ __forceinline__ bool has_cells(const Plan& plan, const Place& place) {
+  return place.split == 0 &&
+         static_cast<unsigned>(place.tile) < static_cast<unsigned>(plan.own_tiles);
 }
 
 // Of a row, in steps.
@@ -68,7 +89,8 @@ __device__ __forceinline__ void bring_lengths(const Recurrent& a, const Plan& pl
                                               const Place& place, char* shared) {
   const int row = static_cast<int>(threadIdx.x);
   if (row < kRows)
-    lengths_of(plan, shared)[row] = row < place.rows ? length_of(a, place.first_row + row) : 0;
+    lengths_of(plan, shared)[row] =
+        row < rows_of(plan, place) ? length_of(a, place.first_row() + row) : 0;
 }
 
 // How a cluster's blocks hand on a state: what each sends comes with a count of bytes, so that a
@@ -91,6 +113,14 @@ __device__ __forceinline__ void wait_for_state(const Plan& plan, char* shared, i
     transfer_wait(count_of(plan, shared, n), static_cast<unsigned>((n - 1) / 2 % 2));
 }
 
+// Partners hand on sums as a cluster's blocks hand on states. One buffer is enough: to send those
+// of step n + 1 a block needs all of state n + 1, to which the receiver added after it had read.
+__device__ __forceinline__ void expect_sums(const Plan& plan, char* shared, int matrices) {
+  if (!has_partners(plan) || threadIdx.x != 0) return;
+  transfer_expect(count_of(plan, shared, 0),
+                  static_cast<unsigned>((plan.partners - 1) * plan.own_tiles * matrices * 512));
+}
+
 // Where a piece of state n that lies at `piece` in the block's shared memory lies in the group's
 // global memory, which the blocks of a grid exchange it through.
 __device__ __forceinline__ uint4* global_state(const Workspace& workspace, const Plan& plan,
@@ -100,12 +130,17 @@ __device__ __forceinline__ uint4* global_state(const Workspace& workspace, const
                                   byte);
 }
 
-// Sends what the warp's lanes have written into state n of their own block to the others: of each
-// row and field, the 8 * kOctets units that begin at byte `units` of a row.
+// Where the block's units of state n are filled in, for the other blocks to get.
+__device__ __forceinline__ char* sent_of(const Plan& plan, const Place& place, char* shared,
+                                         char* state, int element) {
+  return has_partners(plan) ? shared + plan.layout.sent : state + place.first_unit * element;
+}
+
+// Sends what the warp's lanes have filled in of state n to the other blocks: of each row and field,
+// the 8 * kOctets units of the warp's tile.
 template <int kOctets, int kFields, int kElement>
 __device__ __forceinline__ void send(const Plan& plan, const Place& place,
-                                     const Workspace& workspace, char* shared, int n, char* state,
-                                     int units, int field_bytes) {
+                                     const Workspace& workspace, char* shared, int n, char* sent) {
   constexpr int kPieces = kOctets * kElement / 2;  // of 16 bytes, in a field
   constexpr int kCount = kPieces * kFields * kRows;
   if (plan.sharers == 1) return;
@@ -118,25 +153,27 @@ __device__ __forceinline__ void send(const Plan& plan, const Place& place,
     if (peer >= plan.sharers) peer -= plan.sharers;
     const int piece = i % kCount, row = piece / (kPieces * kFields);
     const int field = piece / kPieces % kFields;
-    const int byte = units + field * field_bytes + piece % kPieces * 16;
-    uint4* const from = reinterpret_cast<uint4*>(state + row * plan.layout.state_pitch + byte);
+    const int byte = place.tile * 8 * kOctets * kElement + piece % kPieces * 16;
+    uint4* const from = reinterpret_cast<uint4*>(sent + row * plan.layout.sent_pitch +
+                                                 field * plan.layout.sent_field + byte);
     if (is_grid) {
-      __stcg(global_state(workspace, plan, place, n, row, byte), *from);
+      const int to = (field * plan.padded_units + place.first_unit) * kElement + byte;
+      __stcg(global_state(workspace, plan, place, n, row, to), *from);
     } else {
       transfer_send(from, *from, count_of(plan, shared, n), static_cast<unsigned>(peer));
     }
   }
 }
 
-// All of state n from the group's global memory.
+// The block's part of state n from the group's global memory.
 __device__ __forceinline__ void fetch_state(const Plan& plan, const Place& place,
                                             const Workspace& workspace, char* state, int n) {
-  const int pieces = plan.state_bytes / 16;
-  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int part = plan.chunks * kChunkBytes, first = share_of(plan) * part;
+  const int pieces = min(part, plan.state_bytes - first) / 16;
   for (int row = 0; row < kRows; ++row)
-    for (int i = place.warp * 32 + place.lane; i < pieces; i += warps * 32)
+    for (int i = static_cast<int>(threadIdx.x); i < pieces; i += static_cast<int>(blockDim.x))
       *reinterpret_cast<uint4*>(state + row * plan.layout.state_pitch + i * 16) =
-          __ldcg(global_state(workspace, plan, place, n, row, i * 16));
+          __ldcg(global_state(workspace, plan, place, n, row, first + i * 16));
 }
 
 // ---- copies between global memory and a stage ---------------------------------------------------
@@ -165,7 +202,7 @@ __device__ __forceinline__ void for_pieces(const Strip& strip, const Plan& plan,
   const uint32_t reciprocal = kElement == 2 ? copies.reciprocal2 : copies.reciprocal4;
   const int bytes = copies.wide ? 16 : kElement;
   const int pitch = stage_pitch(stage_fields * kElement * plan.units);
-  const int count = place.rows * kFields * per_row;
+  const int count = rows_of(plan, place) * kFields * per_row;
 #pragma unroll 1  // the registers are the weights'
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     const int line = divide(i, reciprocal), at = (i - line * per_row) * bytes;

@@ -4,7 +4,8 @@
 //
 //   1  the copies of the step after next start (cp.async into shared memory)
 //   2  each warp multiplies its weights with the state, [rows, K] in shared memory
-//   3  splits of K add up through shared memory: one barrier of the block, if there are several
+//   3  splits of K add up through shared memory: one barrier of the block, if there are several;
+//      then those of partners, by transfers that count
 //   4  gates, cell and h of the thread's own units in registers; results to a stage
 //   5  own h goes to the state of every block of the group
 //   6  the results of the step before leave the stage for global memory
@@ -39,7 +40,8 @@ __device__ __forceinline__ void add_splits(Sums& sums, const Plan& plan, const P
   }
   float4* const partial = reinterpret_cast<float4*>(shared + plan.layout.partial) + place.lane;
   const auto at = [&](int split, int m) -> float4& {
-    return partial[(((split - 1) * plan.tiles + place.tile) * kMatrices + m) * 32];
+    const int tile = warp_of() - place.split * plan.tiles;
+    return partial[(((split - 1) * plan.tiles + tile) * kMatrices + m) * 32];
   };
   if (place.split > 0) {
 #pragma unroll
@@ -54,6 +56,38 @@ __device__ __forceinline__ void add_splits(Sums& sums, const Plan& plan, const P
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
       const float4 more = at(s, m);
+      float (&v)[4] = sums.values[m];
+      v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
+    }
+}
+
+// Hands the sums of partners' tiles to the block that has the units, and adds what partners made
+// for the block's own, in the order of their ranks after its own. Warps of the first split.
+template <class Sums, int kMatrices>
+__device__ __forceinline__ void add_partners(Sums& sums, const Plan& plan, const Place& place,
+                                             char* shared, int n) {
+  uint64_t* const count = count_of(plan, shared, 0);
+  float4* const slots = reinterpret_cast<float4*>(shared + plan.layout.sums) + place.lane;
+  const auto at = [&](int partner, int tile, int m) -> float4& {
+    return slots[((partner * plan.own_tiles + tile) * kMatrices + m) * 32];
+  };
+  if (!has_cells(plan, place)) {
+    const int share = share_of(plan);
+    const int owner = warp_of() / plan.own_tiles, tile = warp_of() % plan.own_tiles;
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) {
+      const float (&v)[4] = sums.values[m];
+      transfer_send(&at(share > owner ? share - 1 : share, tile, m),
+                    make_float4(v[0], v[1], v[2], v[3]), count, static_cast<unsigned>(owner));
+    }
+    return;
+  }
+  transfer_wait(count, static_cast<unsigned>(n % 2));
+#pragma unroll 1
+  for (int p = 0; p + 1 < plan.partners; ++p)
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) {
+      const float4 more = at(p, place.tile, m);
       float (&v)[4] = sums.values[m];
       v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
     }
@@ -75,7 +109,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     pass.shared = shared + strand * plan.layout.strand;
   };
   const auto keep = [&] {
-    if (kTakesTurns && place.split == 0)
+    if (kTakesTurns && has_cells(plan, place))
       pass.move_kept([](const float& mine, float& kept) { kept = mine; });
   };
 
@@ -96,7 +130,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     copy_commit();
   }
   Weights<Pass::kArith, kTile.matrices, kTile.held> weights;
-  weights.load(plan, shared, place.warp, place.lane,
+  weights.load(plan, shared, warp_of(), place.lane,
                [&](int half, int k) { return pass.weights(half, k); });
   __syncthreads();
   for (int s = 0; s < kStrands; ++s) {
@@ -105,14 +139,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     keep();
   }
   copy_wait<1>();
-  if (plan.exchange == Exchange::cluster) {
+  if (plan.exchange == Exchange::cluster || has_partners(plan)) {
     if (threadIdx.x == 0) {
       for (int s = 0; s < kStrands; ++s)
         for (int n = 0; n < 2; ++n)
           transfer_init(count_of(plan, shared + s * plan.layout.strand, n));
     }
     cluster_barrier();
-    if (place.units == 0) return;  // no one sends here
+    if (place.units == 0 && !has_partners(plan)) return;  // no one sends here
   } else {
     __syncthreads();
   }
@@ -123,8 +157,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     return pass.shared + plan.layout.state + (n % 2) * plan.layout.next_state;
   };
   const auto multiply = [&](int n) {
+    expect_sums(plan, pass.shared, kTile.matrices);
     weights.multiply(sums, state(n), plan.layout.state_pitch, place.lane);
     add_splits<typename Pass::Sums, kTile.matrices>(sums, plan, place, shared);
+    if (has_partners(plan) && place.split == 0)
+      add_partners<typename Pass::Sums, kTile.matrices>(sums, plan, place, pass.shared, n);
   };
   const bool is_grid = plan.exchange == Exchange::grid;
   const auto count = [&] { return workspace.counts + kCountStride * place.group; };
@@ -132,7 +169,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   const auto take_up = [&](int strand, int n) {
     if (kTakesTurns) {
       turn(strand);
-      if (place.split == 0) pass.move_kept([](float& mine, const float& kept) { mine = kept; });
+      if (has_cells(plan, place))
+        pass.move_kept([](float& mine, const float& kept) { mine = kept; });
     }
     if (is_grid && n > 0) {
       grid_wait(count(), static_cast<unsigned>(n) * static_cast<unsigned>(plan.blocks));
@@ -152,9 +190,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
       if (n + 2 < steps) pass.bring(n + 2);
       copy_commit();
       multiply(n);
-      if (place.split == 0) {
-        pass.step(n, sums, state(n + 1));
-        if (goes_on) pass.publish(n + 1, state(n + 1), workspace);
+      if (has_cells(plan, place)) {
+        char* const sent = sent_of(plan, place, pass.shared, state(n + 1), Pass::kElement);
+        pass.step(n, sums, sent);
+        if (goes_on)
+          send<Pass::kOctets, Pass::kFields, Pass::kElement>(plan, place, workspace, pass.shared,
+                                                             n + 1, sent);
       }
       copy_wait<1>();
       if (is_grid && goes_on) grid_arrive(count());
@@ -167,7 +208,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     take_up(s, Pass::kBackward ? steps : 0);
     if constexpr (Pass::kBackward) {
       multiply(steps);
-      if (place.split == 0) pass.finish(sums);
+      if (has_cells(plan, place)) pass.finish(sums);
       if (kTakesTurns) __syncthreads();  // the splits' sums have been read
     } else {
       pass.finish();

@@ -5,7 +5,10 @@
 // some units, the weights of which stay in its registers and shared memory; what all units made in
 // a step (h forward, the gates' gradients backward) is exchanged between the steps: through the
 // block's shared memory, that of the blocks of a cluster, or L2. Blocks may take two tiles in turns
-// (strands), so that one is computed while the other's exchange is on its way.
+// (strands), so that one is computed while the other's exchange is on its way. The blocks of a grid
+// may form clusters that share the product (partners): each multiplies for the units of all of
+// them, but with its part of the state alone, and sends what it made to the block whose units these
+// are. So a state is read from L2 once a cluster, and each block has room for its part.
 //
 // A block's product of a step is M rows (gates of units; units backward) by N columns (rows of the
 // batch) over K (all units; all their gates backward). Each warp makes a tile of whole units over a
@@ -66,7 +69,7 @@ constexpr int held_chunks(Cell cell, Arithmetic arithmetic, int strands, bool ba
   if (backward) {
     if (cell == Cell::lstm) return exact ? 4 : turns || rounded ? 6 : 7;
     if (cell == Cell::gru) return exact ? 4 : turns ? 7 : 8;
-    return exact ? 5 : turns ? 7 : 8;
+    return exact ? 5 : turns ? 5 : 8;
   }
   if (cell == Cell::lstm) return exact ? 1 : turns ? 4 : 5;
   if (cell == Cell::gru) return exact ? 0 : turns ? 1 : 2;
@@ -129,7 +132,11 @@ struct Layout {
   int input_bytes = 0, output_bytes = 0;  // of one
   int lengths = 0;                        // [rows], 0 of a row that does not exist
   int bias = 0;                           // [3][units] in fp32, of a GRU's forward
-  int kept = 0;                           // [tile][words][lane], with several strands
+  int kept = 0;                           // [own tile][words][lane], with several strands
+  int sums = 0;                           // [partner - 1][own tile][matrix][lane] float4
+  // What the block adds to the next state, [rows][fields][units]: in the state, or with partners,
+  // whose part of the state may have none of it, in a place of its own.
+  int sent = 0, sent_pitch = 0, sent_field = 0;
   int bytes = 0;
 };
 
@@ -160,9 +167,11 @@ struct Plan {
   int strands =
       1;          // groups that a grid's blocks take in turns, so that one computes while one waits
   int units = 0;  // of a block, whole tiles; the last block may have fewer that exist
-  int tiles = 0, splits = 0;
-  int chunks = 0;        // of K, all of them
-  int split_chunks = 0;  // of a split; the last may have fewer
+  int partners = 1;           // blocks of a grid that share the product: a cluster
+  int tiles = 0, splits = 0;  // tiles that the block multiplies, its partners' too,
+  int own_tiles = 0;          // and those of its own units
+  int chunks = 0;             // of K, all of them or the block's part
+  int split_chunks = 0;       // of a split; the last may have fewer
   int threads = 0;
   int64_t weight_bytes = 0;  // of a block: in registers and shared memory,
   int64_t held_bytes = 0;    // and in registers alone
@@ -253,8 +262,13 @@ inline Layout lay_out(const Task& task, const Plan& plan) {
   const bool has_bias = task.cell == Cell::gru && !task.backward;
   layout.kept = layout.bias + (has_bias ? 12 * plan.units : 0);
   const int words = kept_words(task.cell, tile.octets, task.backward);
-  const int kept_bytes = plan.strands > 1 ? 128 * plan.tiles * words : 0;
-  layout.strand = layout.kept + kept_bytes - layout.counts;
+  layout.sums = layout.kept + (plan.strands > 1 ? 128 * plan.own_tiles * words : 0);
+  layout.sent = layout.sums + (plan.partners - 1) * plan.own_tiles * tile.matrices * 512;
+  const int fields = task.backward ? gates_of(task.cell) : 1;
+  const bool apart = plan.partners > 1;
+  layout.sent_field = (apart ? plan.units : plan.padded_units) * element;
+  layout.sent_pitch = apart ? stage_pitch(fields * layout.sent_field) : layout.state_pitch;
+  layout.strand = layout.sent + (apart ? kRows * layout.sent_pitch : 0) - layout.counts;
   layout.bytes = layout.counts + plan.strands * layout.strand;
   return layout;
 }
@@ -265,6 +279,7 @@ constexpr int kFragmentIssue = 8;     // of one multiplication on a quarter of a
 constexpr int kFragmentLatency = 33;  // until the next may add to its result
 constexpr int kSharedBytesPerCycle = 128;
 constexpr int kGlobalBytesPerCycle = 64;  // of a multiprocessor, from L2
+constexpr int kL2BytesPerCycle = 3100;    // of all: some 5.5 TB/s at 1.755 GHz
 constexpr int kPointwise = 250;  // the chain of a cell's exponentials and quotients; a guess
 
 // Guesses: a barrier of a block; one and the way through a cluster's shared memory; one, a flag's
@@ -287,11 +302,16 @@ inline Costs costs_of(const Task& task, const Plan& plan) {
   const double loose = std::max(0, plan.split_chunks - tile.held) * 2 * tile.matrices;
   costs.shared = warps * (loose + plan.split_chunks) * kFragmentBytes / kSharedBytesPerCycle;
   const double reduce = plan.splits == 1 ? 0 : 60 + 12 * (plan.splits - 1) * tile.matrices;
-  // Every block of a grid reads all of the state from L2.
-  const double fetch =
-      plan.exchange == Exchange::grid ? kRows * double(plan.state_bytes) / kGlobalBytesPerCycle : 0;
-  costs.step = std::max({costs.issue, costs.chain, costs.shared}) + reduce + kPointwise + fetch +
-               exchange_cycles(plan.exchange);
+  // Every block of a grid reads its part of the state from L2, all of them at the same time.
+  double fetch = 0, share = 0;
+  if (plan.exchange == Exchange::grid) {
+    const double bytes = kRows * double(std::min(plan.state_bytes, plan.chunks * kChunkBytes));
+    fetch = bytes * std::max(1.0 / kGlobalBytesPerCycle, double(plan.blocks) / kL2BytesPerCycle);
+    if (plan.partners > 1)
+      share = exchange_cycles(Exchange::cluster) + 12.0 * (plan.partners - 1) * tile.matrices;
+  }
+  costs.step = std::max({costs.issue, costs.chain, costs.shared}) + reduce + share + kPointwise +
+               fetch + exchange_cycles(plan.exchange);
   // While one strand's state is on its way the others compute.
   costs.step = std::max(costs.step, plan.strands * (costs.step - exchange_cycles(plan.exchange)));
   return costs;
@@ -300,24 +320,35 @@ inline Costs costs_of(const Task& task, const Plan& plan) {
 // How many groups run at once. A cluster lies in one of the chip's groups of multiprocessors, of up
 // to 18 each: an estimate, as some have fewer. All of a grid runs at once or not at all.
 inline int groups_at_once(const Chip& chip, const Plan& plan) {
-  const int teams = plan.exchange != Exchange::cluster
-                        ? chip.multiprocessors / plan.blocks
-                        : std::max(1, chip.multiprocessors / 18 * (18 / plan.blocks));
+  const auto clusters = [&](int blocks) {
+    const int together = std::min(18, chip.multiprocessors);
+    return chip.multiprocessors / together * (together / blocks);
+  };
+  const int teams = plan.exchange == Exchange::cluster ? std::max(1, clusters(plan.blocks))
+                    : plan.partners > 1 ? clusters(plan.partners) / (plan.blocks / plan.partners)
+                                        : chip.multiprocessors / plan.blocks;
   return teams * plan.strands;
+}
+
+inline void set_at_once(Plan& plan, int groups) {
+  plan.at_once = groups;
+  if (groups > 0)
+    plan.waves = static_cast<int>(ceil_div(int64_t{plan.groups} * plan.directions, groups));
 }
 
 // ---- the choice ---------------------------------------------------------------------------------
 
 // The kernel's cut for so many blocks, splits and rows; its layout may be larger than the chip's
 // shared memory. chunks is 0 where there is no such cut. The last blocks of a cluster may have no
-// units at all: its size is a power of two. A grid has as many as have units.
+// units at all: its size is a power of two. A grid has as many as have units, in whole clusters.
 inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int blocks, int splits,
-                int strands) {
+                int strands, int partners) {
   const Tile tile = tile_of(task.cell, task.arithmetic, strands, task.backward);
   Plan plan;
   const int64_t units = round_up(ceil_div(task.hidden, blocks), tile.units());
-  if (units > kMaxWarps * tile.units()) return plan;
-  if (exchange == Exchange::grid) blocks = static_cast<int>(ceil_div(task.hidden, units));
+  if (units * partners > kMaxWarps * tile.units()) return plan;
+  if (exchange == Exchange::grid)
+    blocks = static_cast<int>(round_up(ceil_div(task.hidden, units), partners));
   plan.exchange = exchange;
   plan.blocks = blocks;
   plan.strands = strands;
@@ -328,13 +359,18 @@ inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int block
                                                    0x3fffffff / blocks / task.directions) *
                                  strands);
   plan.units = static_cast<int>(units);
-  plan.tiles = plan.units / tile.units();
+  plan.partners = partners;
+  plan.own_tiles = plan.units / tile.units();
+  plan.tiles = plan.own_tiles * partners;
   plan.splits = splits;
-  plan.padded_units = static_cast<int>(round_up(task.hidden, units));
+  plan.padded_units =
+      static_cast<int>(partners > 1 ? blocks * units : round_up(task.hidden, units));
   plan.sharers = plan.padded_units / plan.units;
   const int64_t inner = int64_t{task.backward ? gates_of(task.cell) : 1} * plan.padded_units;
   plan.state_bytes = static_cast<int>(inner) * element_bytes(task.arithmetic);
-  const int chunks = static_cast<int>(ceil_div(inner, chunk_elements(task.arithmetic)));
+  const int all_chunks = static_cast<int>(ceil_div(inner, chunk_elements(task.arithmetic)));
+  const int chunks = static_cast<int>(ceil_div(all_chunks, partners));
+  if ((partners - 1) * chunks >= all_chunks) return plan;
   plan.split_chunks = static_cast<int>(ceil_div(chunks, splits));
   if (plan.tiles * splits > kMaxWarps || (splits - 1) * plan.split_chunks >= chunks) return plan;
   plan.chunks = chunks;
@@ -344,19 +380,25 @@ inline Plan cut(const Task& task, const Chip& chip, Exchange exchange, int block
   plan.held_bytes = chunk_bytes * plan.tiles * plan.splits * std::min(plan.split_chunks, tile.held);
   plan.layout = lay_out(task, plan);
   plan.costs = costs_of(task, plan);
-  plan.at_once = groups_at_once(chip, plan);
-  if (plan.at_once == 0) return Plan{};
-  plan.waves = static_cast<int>(ceil_div(int64_t{plan.groups} * task.directions, plan.at_once));
-  return plan;
+  set_at_once(plan, groups_at_once(chip, plan));
+  return plan.at_once == 0 ? Plan{} : plan;
 }
 
 inline bool fits(const Plan& plan, const Chip& chip) {
   return plan.chunks > 0 && plan.layout.bytes <= chip.shared_bytes;
 }
 
-// Past so many waves of a direction a library product for each step, which takes the whole batch at
-// once, is no slower; a guess.
-constexpr int kMaxWaves = 8;
+// A step by a library product for the whole batch and a kernel for the cells, in cycles: a launch
+// of each, or what they have to do. Guesses, beside L2's rate and in fp32 that of multiplications.
+inline double library_cycles(const Task& task, const Chip& chip) {
+  constexpr double kLaunches = 5 * 1755, kBusy = 3 * 1755;  // of two launches, in us
+  const double weights = double(gates_of(task.cell)) * task.hidden * task.hidden;
+  const double read = weights * element_bytes(task.arithmetic) / kL2BytesPerCycle;
+  const double multiplied = task.arithmetic == Arithmetic::f32
+                                ? weights * task.batch / (128.0 * chip.multiprocessors)
+                                : 0;
+  return std::max(kLaunches, kBusy + std::max(read, multiplied));
+}
 
 inline Plan rejected(const char* reason) {
   Plan plan;
@@ -364,10 +406,23 @@ inline Plan rejected(const char* reason) {
   return plan;
 }
 
-// The quickest cut that fits, of 8 rows. Groups of a grid take so many blocks that few run at once:
-// it is the quickest for 64 rows.
-inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int blocks,
-                     int splits) {
+// Partners have to save a tenth, as all these are estimates and sums have a way more to go; and
+// more than a portable cluster of them is for what fits no other way, as few chips have room for
+// many.
+constexpr double reluctance(int partners) { return partners == 1 ? 1 : partners <= 8 ? 1.1 : 2; }
+
+// What a step of 64 rows takes on a grid, whose groups have so many blocks that few run at once;
+// one after the other or, where there are kernels for it, in turns.
+inline double cycles_of_64_rows(const Task& task, const Chip& chip, const Plan& plan) {
+  const auto cycles = [](const Plan& p) { return p.costs.step * ceil_div(8, p.at_once); };
+  if (element_bytes(task.arithmetic) != 2) return cycles(plan);
+  const Plan turns = cut(task, chip, plan.exchange, plan.blocks, plan.splits, 2, plan.partners);
+  return fits(turns, chip) ? std::min(cycles(plan), cycles(turns)) : cycles(plan);
+}
+
+// The quickest cut that fits, of 8 rows or, of a grid, of 64.
+inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int blocks, int splits,
+                     int partners) {
   const int first = exchange == Exchange::block ? 1 : 2;
   const int last = exchange == Exchange::block     ? 1
                    : exchange == Exchange::cluster ? std::min(chip.max_cluster, kMaxCluster)
@@ -378,27 +433,33 @@ inline Plan quickest(const Task& task, const Chip& chip, Exchange exchange, int 
     if (blocks != 0 && b != blocks) continue;
     for (int s = 1; s <= kMaxWarps; ++s) {
       if (splits != 0 && s != splits) continue;
-      const Plan plan = cut(task, chip, exchange, b, s, 1);
-      if (!fits(plan, chip)) continue;
-      const double cost =
-          plan.costs.step * (exchange == Exchange::grid ? ceil_div(8, plan.at_once) : 1);
-      if (best.chunks == 0 || cost < least) best = plan, least = cost;
+      const int most =
+          exchange == Exchange::grid ? std::min({chip.max_cluster, kMaxCluster, kMaxWarps / s}) : 1;
+      for (int p = 1; p <= most; p *= 2) {
+        if (partners != 0 && p != partners) continue;
+        const Plan plan = cut(task, chip, exchange, b, s, 1, p);
+        if (!fits(plan, chip)) continue;
+        const double cost =
+            reluctance(p) *
+            (exchange == Exchange::grid ? cycles_of_64_rows(task, chip, plan) : plan.costs.step);
+        if (best.chunks == 0 || cost < least) best = plan, least = cost;
+      }
     }
   }
   return best;
 }
 
 // The plan. A block alone or a cluster, whichever is quicker, and where the weights do not fit
-// these a grid. For tests, exchange, blocks, splits and strands can be asked for (below or at 0:
-// they are not).
+// these a grid. For tests, exchange, blocks, splits, strands and partners can be asked for (below
+// or at 0: they are not).
 inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int blocks = 0,
-                   int splits = 0, int strands = 0) {
+                   int splits = 0, int strands = 0, int partners = 0) {
   if (task.hidden <= 0 || task.batch <= 0) return rejected("no persistent kernel without elements");
   if (task.directions < 1 || task.directions > kMaxDirections)
     return rejected("a launch takes one direction or two");
   const auto of = [&](Exchange which) {
     if (exchange >= 0 && exchange != static_cast<int>(which)) return Plan{};
-    return quickest(task, chip, which, blocks, splits);
+    return quickest(task, chip, which, blocks, splits, partners);
   };
   Plan best = of(Exchange::block);
   const Plan cluster = of(Exchange::cluster);
@@ -409,12 +470,13 @@ inline Plan choose(const Task& task, const Chip& chip, int exchange = -1, int bl
     return rejected("the recurrent weights and the state do not fit on the chip");
   // Groups that do not run at once take turns, two by two, where that saves a wave's time.
   if (element_bytes(task.arithmetic) == 2 && (strands > 1 || (strands == 0 && best.waves > 1))) {
-    const Plan turns = cut(task, chip, best.exchange, best.blocks, best.splits, 2);
+    const Plan turns = cut(task, chip, best.exchange, best.blocks, best.splits, 2, best.partners);
     const bool is_quicker = turns.waves * turns.costs.step < best.waves * best.costs.step;
     if (fits(turns, chip) && (strands > 1 || is_quicker)) best = turns;
   }
-  if (best.waves > kMaxWaves * task.directions)
-    return rejected("more rows than fit the chip at once several times");
+  // Both are guesses: twice as long it has to be.
+  if (best.waves * best.costs.step > 2 * task.directions * library_cycles(task, chip))
+    return rejected("more rows than fit the chip at once: a product for each step takes less");
   return best;
 }
 

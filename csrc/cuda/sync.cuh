@@ -13,8 +13,10 @@ namespace fastseq {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define FASTSEQ_CLUSTER(...) __trap()
+constexpr bool kHasClusters = false;
 #else
 #define FASTSEQ_CLUSTER(...) __VA_ARGS__
+constexpr bool kHasClusters = true;
 #endif
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -176,6 +178,8 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 #else
+
+constexpr bool kHasClusters = true;
 
 inline void cluster_arrive(simt::Place place = simt::here()) { simt::cluster_arrive(place); }
 inline void cluster_wait(simt::Place place = simt::here()) { simt::cluster_wait(place); }

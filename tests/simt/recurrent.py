@@ -24,7 +24,7 @@ ARITHMETIC = {"f16": 0, "bf16": 1, "tf32": 2, "f32": 3}
 EXCHANGES = {"": -1, "block": 0, "cluster": 1, "grid": 2}
 FIGURES = (
     "blocks", "groups", "waves", "rows", "units", "tiles", "splits", "chunks", "split_chunks",
-    "threads", "shared_bytes", "weight_bytes", "exchange", "strands",
+    "threads", "shared_bytes", "weight_bytes", "exchange", "strands", "partners", "at_once",
 )  # fmt: skip
 H200 = (132, 232448, 16)
 A100 = (108, 166912, 1)
@@ -32,8 +32,8 @@ A100 = (108, 166912, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer in one direction. ``exchange``, ``blocks``, ``splits``, ``strands``: 0 leaves them to
-    the plan."""
+    """A layer in one direction. ``exchange``, ``blocks``, ``splits``, ``strands``,
+    ``partners``: 0 leaves them to the plan."""
 
     kind: str = "lstm"
     arithmetic: str = "bf16"
@@ -43,6 +43,7 @@ class Layer:
     blocks: int = 0
     splits: int = 0
     strands: int = 0
+    partners: int = 0
     exchange: str = ""
     reverse: bool = False
     lengths: tuple[int, ...] | None = None
@@ -69,7 +70,8 @@ class Layer:
     def task(self, directions: int = 1) -> list[int]:
         numbers = [CELLS[self.kind], ARITHMETIC[self.arithmetic], self.batch, self.hidden]
         numbers += [directions, *self.chip]
-        return [*numbers, EXCHANGES[self.exchange], self.blocks, self.splits, self.strands]
+        numbers += [EXCHANGES[self.exchange], self.blocks, self.splits, self.strands]
+        return [*numbers, self.partners]
 
     def __str__(self) -> str:
         default = Layer()

@@ -96,6 +96,26 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "(SKIP ? 0 : n % 2) * plan.layout.output_bytes",
     ),
     "two stages of input": ("forward", "n % kInputStages *", "n % (SKIP ? 2 : kInputStages) *"),
+    "partners' sums before they have come": (
+        "kernel",
+        "  transfer_wait(count, ",
+        "  if (!SKIP) transfer_wait(count, ",
+    ),
+    "fewer bytes expected of partners' sums": (
+        "group",
+        "plan.own_tiles * matrices * 512)",
+        "plan.own_tiles * matrices * 512 - (SKIP ? 16 : 0))",
+    ),
+    "partners' sums in one place": (
+        "kernel",
+        "share > owner ? share - 1 : share",
+        "SKIP ? 0 : share > owner ? share - 1 : share",
+    ),
+    "another partner's part of the state": (
+        "group",
+        "first = share_of(plan) * part",
+        "first = (SKIP ? 0 : share_of(plan)) * part",
+    ),
     "an index one too far": (
         "forward",
         "(place.tile * kOctets + octet) * 8",

@@ -32,7 +32,8 @@ Plan read_plan(Request& request, const Task& task) {
   const int blocks = static_cast<int>(request.integer());
   const int splits = static_cast<int>(request.integer());
   const int strands = static_cast<int>(request.integer());
-  return fastseq::recurrent::choose(task, chip, exchange, blocks, splits, strands);
+  const int partners = static_cast<int>(request.integer());
+  return fastseq::recurrent::choose(task, chip, exchange, blocks, splits, strands, partners);
 }
 
 // Of its exact size and full of poison.
@@ -131,7 +132,9 @@ const char* plan(Request& request) {
                              plan.layout.bytes,
                              plan.weight_bytes,
                              static_cast<int64_t>(plan.exchange),
-                             plan.strands};
+                             plan.strands,
+                             plan.partners,
+                             plan.at_once};
   auto* to = static_cast<int64_t*>(request.pointer());
   for (const int64_t figure : figures) *to++ = figure;
   return nullptr;
@@ -149,7 +152,8 @@ const char* device(Request& request) {
 }
 
 // The plan on an emulated GPU, or its reason: exchange and blocks; how often the runtime has been
-// asked about that GPU so far; the current one afterwards; and bytes its kernel may have there.
+// asked about that GPU so far; the current one afterwards; bytes its kernel may have there, and
+// has; partners; groups at once.
 const char* plan_on_device(Request& request) {
   const bool is_backward = request.integer() != 0;
   const int number = static_cast<int>(request.integer());
@@ -165,6 +169,8 @@ const char* plan_on_device(Request& request) {
   to[4] = static_cast<int64_t>(limits_of(fastseq::recurrent::kernel_of(task, plan)).shared_bytes);
   current_device = static_cast<int>(to[3]);
   to[5] = plan.layout.bytes;
+  to[6] = plan.partners;
+  to[7] = plan.at_once;
   return nullptr;
 }
 

@@ -32,14 +32,15 @@ def row(cell: str, dtype: torch.dtype, hidden: int, backward: bool) -> str:
     grid = plan["exchange"] == "grid"
     barriers = 4 if grid else 1 + (plan["splits"] != "1")
     beside = {"block": "", "cluster": " + count", "grid": " + flag"}[plan["exchange"]]
+    shared = plan["partners"] != "1"
     cells = (
-        plan["exchange"],
+        f"grid, by {plan['partners']}" if shared else plan["exchange"],
         f"{plan['blocks']} x {plan['units']}",
         plan["strands"],
         plan["splits"],
         f"{held / 1024:.0f} + {(weights - held) / 1024:.0f}",
         f"{int(plan['shared_bytes']) / 1024:.0f}",
-        f"{barriers}{beside}",
+        f"{barriers}{beside}{' + count' if shared else ''}",
         plan["issue_cycles"],
         plan["shared_cycles"],
         f"{int(plan['step_cycles']) / GIGAHERTZ / 1000:.2f}",

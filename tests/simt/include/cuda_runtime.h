@@ -66,11 +66,16 @@ using cudaStream_t = struct SimtStream*;
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
-    case cudaErrorInvalidClusterSize: return "invalid cluster size";
-    default: return "invalid argument";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    case cudaErrorInvalidClusterSize:
+      return "invalid cluster size";
+    default:
+      return "invalid argument";
   }
 }
 
@@ -172,7 +177,9 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* ker
   const int blocks = static_cast<int>(config->attrs[0].val.clusterDim.x);
   if (config->dynamicSmemBytes > limits.shared_bytes) return cudaErrorInvalidValue;
   if (blocks > (limits.large_clusters ? 16 : 8)) return cudaErrorInvalidClusterSize;
-  *clusters = blocks > device.largest_cluster ? 0 : device.multiprocessors / blocks;
+  // They lie in groups of multiprocessors, each of so many.
+  const int together = device.largest_cluster;
+  *clusters = device.multiprocessors / together * (together / blocks);
   return cudaSuccess;
 }
 
