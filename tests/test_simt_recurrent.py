@@ -302,7 +302,7 @@ def test_a_large_layer_by_partners(host: simt_host.Host) -> None:
         with pytest.raises(ValueError, match="do not fit"):
             plan(host, dataclasses.replace(layer, partners=1), True)
         # How a sum is taken does not depend on the batch.
-        many = plan(host, dataclasses.replace(layer, batch=40), True)
+        many = plan(host, dataclasses.replace(layer, batch=16), True)
         for name in ("units", "partners", "splits", "split_chunks", "chunks"):
             assert many[name] == found[name]
 
