@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastseq.kernels import common, layer_norm
+from fastseq.kernels import common, layer_norm, layer_norm_backward
 from fastseq.kernels.common import INTERPRETED, RowStrides, random_bits, row_key
 
 needs_interpreter = pytest.mark.skipif(
@@ -26,7 +26,7 @@ needs_interpreter = pytest.mark.skipif(
 def short_limits(monkeypatch):
     """Rows above 64 elements are split, into tiles of 64 or fewer."""
     monkeypatch.setattr(layer_norm, "FORWARD_LIMIT", 128)
-    monkeypatch.setattr(layer_norm, "BACKWARD_LIMIT", 64)
+    monkeypatch.setattr(layer_norm_backward, "BACKWARD_LIMIT", 64)
 
 
 def _gradients(call, inputs, grads):
@@ -41,7 +41,9 @@ def _gradients(call, inputs, grads):
 @pytest.mark.parametrize("rms", [False, True])
 def test_split_rows(short_limits, row_length, rows, rms):
     assert layer_norm.forward_launch(row_length, 4, layer_norm.FORWARD_LIMIT).split
-    assert layer_norm.backward_launch(row_length, 8, 90, layer_norm.BACKWARD_LIMIT).split
+    assert layer_norm_backward.backward_launch(
+        row_length, 8, 90, layer_norm_backward.BACKWARD_LIMIT
+    ).split
     inputs = [
         torch.randn(rows, row_length) + 100,
         torch.randn(rows, row_length),
@@ -175,8 +177,8 @@ def test_launches_cover_a_row(row_length):
         assert launch.split or launch.block_n >= row_length
         assert launch.block_m * launch.block_n >= 32
         for architecture in (80, 89, 90, 100, 120):
-            launch = layer_norm.backward_launch(
-                row_length, 3 * size, architecture, layer_norm.BACKWARD_LIMIT
+            launch = layer_norm_backward.backward_launch(
+                row_length, 3 * size, architecture, layer_norm_backward.BACKWARD_LIMIT
             )
             assert launch.split or launch.block_n >= row_length
             assert launch.programs * launch.num_warps <= 64

@@ -212,13 +212,13 @@ def _backward_outputs(a: Backward) -> Tensors4:
 
 
 def _backward_by_triton(a: Backward) -> Tensors4:
-    from ..kernels import layer_norm
+    from ..kernels import layer_norm_backward
 
     outputs = _backward_outputs(a)
     if not a.x.numel():
         return _without_rows(outputs)
     stream = a.grad_new_residual
-    layer_norm.backward(
+    layer_norm_backward.backward(
         as_rows(a.grad_output, a.row_length),
         None if stream is None else as_rows(stream, a.row_length),
         as_rows(a.x, a.row_length),

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastseq.kernels import layer_norm
+from fastseq.kernels import layer_norm, layer_norm_backward
 
 #: More rows than any tile has.
 ROWS = 300
@@ -15,7 +15,12 @@ ROWS = 300
 LENGTHS = (64, 256, 768, 1024, 4096, 8192, 16384, 32768, 65536)
 
 #: One length of every configuration, for the quick run.
-QUICK_LENGTHS = {"fp32": (8192,), "bf16": (64, 1024, 4096), "bf16 fp32 parameters": (65536,)}
+QUICK_LENGTHS = {
+    "fp32": (8192,),
+    "bf16": (64, 1024, 4096),
+    "bf16 fp32 parameters": (65536,),
+    "bf16 fp32 parameters and residual": (8192,),
+}
 
 #: name: (row dtype, parameter dtype, dtype of the new residual)
 DTYPES = {
@@ -23,6 +28,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "bf16 fp32 parameters": (torch.bfloat16, torch.float32, torch.bfloat16),
     "bf16 fp32 residual": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16 fp32 parameters and residual": (torch.bfloat16, torch.float32, torch.float32),
 }
 
 
@@ -54,7 +60,7 @@ def _backward(n: int, dtypes: tuple[torch.dtype, ...], *, rms: bool, residual: b
     grad_output = torch.empty(ROWS, n, dtype=dtype)
     x = torch.empty(ROWS, n, dtype=residual_dtype if residual else dtype)
     weight = torch.empty(n, dtype=parameter_dtype)
-    layer_norm.backward(
+    layer_norm_backward.backward(
         grad_output,
         torch.empty_like(x) if residual else None,
         x,
@@ -75,7 +81,8 @@ def _backward(n: int, dtypes: tuple[torch.dtype, ...], *, rms: bool, residual: b
 def cases(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call) of the plainest and the richest calls, forward and backward."""
     for name, dtypes in DTYPES.items():
-        for n in LENGTHS if full else QUICK_LENGTHS.get(name, ()):
+        quick = QUICK_LENGTHS.get(name, ())
+        for n in LENGTHS if full and not name.endswith("and residual") else quick:
             for direction, call in (("forward", _forward), ("backward", _backward)):
                 for kind, rms, residual in (
                     ("layer_norm", False, False),
