@@ -464,3 +464,27 @@ def test_errors_have_torchs_class(name: str) -> None:
             theirs(*arguments, **options)
         with pytest.raises(type(torchs.value)):
             ours(*arguments, **options)
+
+
+FAR_ABOVE = """
+import torch
+import fastseq
+from fastseq import functional
+
+fastseq.use_backend("cpu").__enter__()
+for dtype in (torch.float32, torch.bfloat16):
+    for above in (89.0, 100.0, 180.0, 300.0, 700.0, 1e4, 1e7, 3e8, 1e9, 1e20, 3e38):
+        x = torch.zeros(4, 100, dtype=dtype)
+        x[1, 37] = x[2, 70] = above
+        x[3] = -above
+        x[3, 3] = 0.0
+        expected = torch.softmax(x.double(), -1)
+        for y in (functional.softmax(x, -1), functional.masked_softmax(x, None)):
+            assert (y.double() - expected).abs().max() < 1e-3, (dtype, above, y)
+"""
+
+
+@pytest.mark.parametrize("instruction_set", ["", "avx2"])
+def test_a_score_far_above_those_that_a_row_is_scaled_by(instruction_set: str) -> None:
+    """A kernel looks for the order of the largest score at both ends and in the middle alone."""
+    in_a_process(FAR_ABOVE, instruction_set)

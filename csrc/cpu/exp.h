@@ -115,16 +115,16 @@ inline F32x exp_nonpositive(F32x x) {
 #endif
 }
 
-// 2^t within 2^-16 of the result, for -126 <= t < 128; below it is 0 or as small. 2^floor(t) * 2^f,
-// 0 <= f <= 1, and a fit of 2^f that is 1 at 0: half the operations where one instruction takes f
-// out of t and another the floor.
+// 2^t within 2^-16 of the result, for -126 <= t < 128; below it is 0 or as small, above 2^127 at
+// least. 2^floor(t) * 2^f, 0 <= f <= 1, and a fit of 2^f that is 1 at 0: half the operations where
+// one instruction takes f out of t and another the floor.
 inline F32x two_to_coarse(F32x t) {
 #if defined(__AVX512DQ__)
   const F32x f = bit_cast<F32x>(_mm512_maskz_reduce_ps(0xffff, bit_cast<__m512>(t), 0x09));
   const F32x shifted = {};
 #else
   const F32x magic = splat(0x1.8p23f);
-  t = maximum(splat(-150.0f), t);
+  t = minimum(splat(127.0f), maximum(splat(-150.0f), t));
   const F32x shifted = (t - 0.5f) + magic;
   const F32x f = t - (shifted - magic);
 #endif
@@ -140,8 +140,9 @@ inline F32x two_to_coarse(F32x t) {
 inline F32x exp_coarse(F32x x) { return two_to_coarse(x * 0x1.715476p0f); }
 
 // e^x / 2^n with a whole n, for |x| up to 1000 where the result is in reach (far below that it is
-// 0), as near as exp_nonpositive and exp_coarse come. A softmax whose 2^n is of the order of its
-// largest e^x needs no exact maximum, and no difference to it, which would be rounded.
+// 0, above 2^126 at least, whatever x), as near as exp_nonpositive and exp_coarse come. A softmax
+// whose 2^n is of the order of its largest e^x needs no exact maximum, and no difference to it,
+// which would be rounded.
 #if defined(__AVX2__)
 constexpr bool kScaled = true;
 
@@ -149,7 +150,8 @@ template <bool Coarse>
 inline F32x exp_scaled(F32x x, F32x n) {
   if constexpr (Coarse) return two_to_coarse(fma(x, splat(0x1.715476p0f), -n));
   const F32x magic = splat(0x1.8p23f);
-  x = maximum((n - 150.0f) * 0x1.62e43p-1f, x);
+  // Beyond 2^128 the exponent would run into the sign, and what is not near n is no remainder.
+  x = minimum((n + 127.0f) * 0x1.62e43p-1f, maximum((n - 150.0f) * 0x1.62e43p-1f, x));
   const F32x shifted = fma(x, splat(0x1.715476p0f), magic);
   const F32x whole = shifted - magic;
   const F32x f = fma(x, splat(0x1.4ae0cp-26f), fma(x, splat(0x1.715476p0f), -whole));
