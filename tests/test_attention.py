@@ -31,6 +31,7 @@ from .ladder import (
     expect_pass,
     expect_same_bits,
     expect_verified,
+    in_a_process,
 )
 
 NAMES = [operator.name for operator in FAMILY]
@@ -627,3 +628,48 @@ def test_few_queries_see_nothing_of_what_a_mask_hides(backend, poison, which):
         torch.testing.assert_close(
             functional.scaled_dot_product_attention(*tensors, mask), expected
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("queries", [300, 3], ids=["tiles", "decoding"])
+def test_nan_scores_are_not_hidden_ones(queries: int, dtype: torch.dtype) -> None:
+    """What is NaN comes out as NaN, and not as the zeros of a query that sees nothing."""
+    q = torch.randn(1, 2, queries, 16, dtype=dtype)
+    k, v = (torch.randn(1, 2, 700, 16, dtype=dtype) for _ in range(2))
+    q[0, 0, 1] = math.nan
+    k[0, 1, 690] = math.nan
+    mask = torch.ones(queries, 700, dtype=torch.bool)
+    mask[2] = False
+    mask[2, 690] = True  # nothing but NaN, among keys that are hidden
+    mask[0, 690] = False
+    expected = torch.zeros(1, 2, queries, dtype=torch.bool)
+    expected[0, 0, 1] = True
+    expected[0, 1] = mask[:, 690]
+    with fastseq.use_backend("cpu"):
+        output = attention(q, k, v, mask=mask)
+        everywhere = attention(q, k, v)
+        assert attention(q, torch.full_like(k, math.nan), v).isnan().all()
+    assert torch.equal(output.isnan().any(-1), expected)
+    expected[0, 1] = True
+    assert torch.equal(everywhere.isnan().any(-1), expected)
+
+
+BESIDE = """
+import torch
+import fastseq
+from fastseq.functional import attention
+
+q, k, v = (torch.randn(1, 1, 384, 64).bfloat16().requires_grad_() for _ in range(3))
+with fastseq.use_backend("cpu"):
+    attention(q, k, v, window=(100, 0)).sum().backward()
+others = [torch.randn(100000) for _ in range(50)]
+"""
+
+
+def test_backward_of_a_window_writes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block's keys begin inside a tile: with memory that has neighbours on the heap, whose
+    books malloc checks when it is freed."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    in_a_process(BESIDE, "")

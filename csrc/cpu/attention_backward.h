@@ -185,8 +185,9 @@ void backward_block(const Attention& args, const BackwardTiles<kPairs>& tiles, i
   // The transposed products: what was a row is a step now.
   Left left_p, left_ds;
   if constexpr (kPairs) {
-    interleave(p + here.begin, kTile, here.count(), count, tiles.p_pairs + here.begin, kTile);
-    interleave(ds + here.begin, kTile, here.count(), count, tiles.ds_pairs + here.begin, kTile);
+    const int64_t width = here.count();
+    interleave(p + here.begin, kTile, width, count, tiles.p_pairs + here.begin, kTile, width);
+    interleave(ds + here.begin, kTile, width, count, tiles.ds_pairs + here.begin, kTile, width);
     left_p = {tiles.p_pairs + here.begin, 1, kTile};
     left_ds = {tiles.ds_pairs + here.begin, 1, kTile};
   } else {

@@ -127,8 +127,8 @@ void decode_task(const Decode& args, int64_t task) {
       float* row = s + r * kTileKeys;
       const int64_t head = key_head * terms.group + r / args.queries;
       apply_terms(terms, shift, {batch, head, r % args.queries, first, count}, row, nullptr);
-      const float before = largest[r], here = row_maximum(row, count);
-      largest[r] = here > before ? here : before;
+      const float before = largest[r];
+      largest[r] = larger(before, row_maximum(row, count));
       if (largest[r] == -kInfinity) {
         for (int64_t j = 0; j < count; ++j) row[j] = 0;
         continue;
@@ -173,10 +173,8 @@ void merge(const Decode& args, int64_t begin, int64_t end) {
         const int64_t head = n % key_heads * terms.group + r / args.queries;
         const int64_t row = (n / key_heads * terms.heads + head) * args.queries + r % args.queries;
         float largest = terms.sinks != nullptr ? terms.sinks[head] : -kInfinity;
-        for (int64_t i = 0; i < splits; ++i) {
-          const float here = partial[i * rows * pitch + dv];
-          largest = here > largest ? here : largest;
-        }
+        for (int64_t i = 0; i < splits; ++i)
+          largest = larger(largest, partial[i * rows * pitch + dv]);
         const bool nothing = largest == -kInfinity;
         const float base = nothing ? 0.0f : largest;
         float total = terms.sinks != nullptr ? exp(splat(terms.sinks[head] - base))[0] : 0.0f;

@@ -44,8 +44,7 @@ template <class M>
 void forward_row(const Attention& args, const RowAt& row, float* s, M* p, const Running& running,
                  int64_t width) {
   apply_terms(args.terms, args.terms.shift, row, s, nullptr);
-  const float before = *running.largest, here = row_maximum(s, row.keys);
-  const float largest = here > before ? here : before;
+  const float before = *running.largest, largest = larger(before, row_maximum(s, row.keys));
   if (largest == -kInfinity) {
     std::memset(p, 0, static_cast<size_t>(row.keys) * sizeof(M));
     return;

@@ -127,7 +127,10 @@ inline U32x first_columns(int64_t first_key) {
   return lane;
 }
 
-// The largest of a row; its partial last vector filled up with -Inf.
+// The larger; NaN where either is, so that a row that is NaN is not one that sees nothing.
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+// The largest of a row, -Inf only of one that has nothing else: NaN is no number to be hidden.
 inline float row_maximum(const float* s, int64_t n) {
   F32x even = splat(-kInfinity), odd = even;
   int64_t j = 0;
@@ -138,6 +141,7 @@ inline float row_maximum(const float* s, int64_t n) {
   for (; j + kWidth <= n; j += kWidth) even = maximum(even, load(s + j));
   float largest = horizontal_maximum<float>(maximum(even, odd));
   for (; j < n; ++j) largest = s[j] > largest ? s[j] : largest;
+  for (j = 0; j < n && largest == -kInfinity; ++j) largest = s[j] != s[j] ? s[j] : largest;
   return largest;
 }
 

@@ -138,11 +138,11 @@ void gather(const M* from, int64_t stride, int64_t width, int64_t count, int64_t
   for (int64_t i = 0; i < (rows - count) * pitch; i += lanes<float>) store(to + i, F32x{});
 }
 
-// Rows two by two, the pairs down the columns: [(count + 1) / 2][pitch].
+// Rows two by two, the pairs down the columns: [(count + 1) / 2] rows of columns, pitch apart.
 inline void interleave(const bf16* from, int64_t stride, int64_t width, int64_t count, float* to,
-                       int64_t pitch) {
+                       int64_t pitch, int64_t columns) {
   for (int64_t r = 0; r < count; r += 2, from += 2 * stride, to += pitch)
-    for (int64_t c = 0; c < pitch; c += lanes<float>) {
+    for (int64_t c = 0; c < columns; c += lanes<float>) {
       F32x first = {}, second = {};
       if (c < width) {
         first = load_some<float>(from + c, width - c);
@@ -157,7 +157,7 @@ template <bool kPairs, class M>
 void gather_right(const M* from, int64_t stride, int64_t width, int64_t count, float* to,
                   int64_t pitch) {
   if constexpr (kPairs)
-    interleave(from, stride, width, count, to, pitch);
+    interleave(from, stride, width, count, to, pitch, pitch);
   else
     gather<false>(from, stride, width, count, count, to, pitch);
 }
