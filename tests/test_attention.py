@@ -673,3 +673,13 @@ def test_backward_of_a_window_writes_nowhere_else(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     in_a_process(BESIDE, "")
+
+
+@pytest.mark.parametrize("queries", [17, 2], ids=["tiles", "decoding"])
+def test_a_window_as_large_as_integers_get(queries: int) -> None:
+    q, k, v = torch.randn(1, 1, queries, 8), *torch.randn(2, 1, 1, 17, 8)
+    most = (1 << 63) - 1
+    for backend in ("cpu", "torch", "reference"):
+        with fastseq.use_backend(backend):
+            expected = attention(q, k, v)
+            assert torch.equal(attention(q, k, v, window=(most, most)), expected), backend

@@ -69,6 +69,9 @@ def validate_tensors(
             )
 
 
+_UNBOUNDED = 1 << 62
+
+
 def validated_window(
     name: str, window: Window | None, causal: bool, alignment: str
 ) -> tuple[int, int]:
@@ -81,6 +84,10 @@ def validated_window(
     for bound in (left, right):
         if bound is not None and bound < 0:
             raise ValueError(f"{name}: window must not be negative (None: no bound), got {window}")
+    # As large as integers get it is none: they would run over where a position is added.
+    left, right = (
+        None if bound is None or bound >= _UNBOUNDED else bound for bound in (left, right)
+    )
     if causal:
         right = 0
     return -1 if left is None else left, -1 if right is None else right
