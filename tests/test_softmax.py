@@ -130,6 +130,19 @@ def test_what_is_far_below_the_maximum(name: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_all_of_the_sum_is_one(backend: str) -> None:
+    """To the bit, so that nothing flows back: of a row of one score, and of one far above others."""
+    alone = torch.randn(64, 1) * 30
+    above = torch.randn(64, 300)
+    above[torch.arange(64), torch.randint(300, (64,))] = torch.rand(64) * 100 + 150
+    with fastseq.use_backend(backend):
+        for x in (alone, above):
+            y = functional.softmax(x.requires_grad_(), 1)
+            assert torch.equal(y.amax(1), torch.ones(64))
+            assert not torch.autograd.grad(y, x, torch.randn_like(y))[0].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_invariants(backend: str, dim: int) -> None:
     x = torch.randn(20, 70, 33)

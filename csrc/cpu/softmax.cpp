@@ -205,24 +205,41 @@ float scale_of(int64_t n, Scores scores) {
   return near ? static_cast<float>(static_cast<int>(top * 1.44f)) : __builtin_nanf("");
 }
 
+// The sum of a row's exponentials, and 1 over it: taken as soon as the sum is known.
+struct Divisor {
+  float sum = 0, reciprocal = 0;
+  Divisor() = default;
+  explicit Divisor(double total)
+      : sum(static_cast<float>(total)), reciprocal(finish_of<float, false>(total)) {}
+
+  // What the product with the reciprocal leaves over is divided too where it would show: an
+  // exponential that is all of the sum has the probability 1, and a gradient of 0.
+  template <class Out>
+  F32x divide(F32x power) const {
+    const F32x y = power * reciprocal;
+    if constexpr (sizeof(Out) < 4) return y;
+    return fma(fma(-y, splat(sum), power), splat(reciprocal), y);
+  }
+};
+
 // A row that is done but for the writing: its exponentials, and what they are to be divided by.
 template <class Out>
 struct Finished {
   const float* powers = nullptr;
   Out* y = nullptr;
   int64_t seen = 0, length = 0;  // zeros from seen on
-  float factor = 0;
+  Divisor divisor;
   bool past_cache = false;
   int64_t vectors = 0;  // elements in whole vectors of what is seen
   bool streams = false;
 
   Finished() = default;
-  Finished(const SoftmaxForward& args, int64_t row, float* powers, float factor)
+  Finished(const SoftmaxForward& args, int64_t row, float* powers, Divisor divisor)
       : powers(powers),
         y(reinterpret_cast<Out*>(row_of(args.output, row))),
         seen(columns_seen(args, row)),
         length(args.length),
-        factor(factor),
+        divisor(divisor),
         past_cache(args.past_cache) {
     // Whole vectors, so that the zeros after them begin where they may be streamed.
     for (; seen < length && seen % lanes<float> != 0; ++seen) powers[seen] = 0;
@@ -230,14 +247,16 @@ struct Finished {
     streams = past_cache && reinterpret_cast<uintptr_t>(y) % (sizeof(Out) * lanes<float>) == 0;
   }
   void write(int64_t i) const {
-    const F32x v = load(powers + i) * factor;
+    const F32x v = divisor.divide<Out>(load(powers + i));
     streams ? stream(y + i, v) : store(y + i, v);
   }
   void write_from(int64_t i) const {
     const auto nothing = [](int64_t) {};
     write_values<float>(
         y + i, seen - i, past_cache,
-        [p = powers + i, factor = factor](int64_t k, auto read) { return read(p + k) * factor; },
+        [p = powers + i, divisor = divisor](int64_t k, auto read) {
+          return divisor.divide<Out>(read(p + k));
+        },
         nothing);
     if (seen < length)
       write_values<float>(
@@ -262,12 +281,12 @@ void forward_scaled(const SoftmaxForward& args, int64_t begin, int64_t end, With
   const int64_t stride = (args.length / width + 1) * width;
   float* const ring =
       static_cast<float*>(thread_scratch(static_cast<size_t>((kBehind + 1) * stride) * 4));
-  float factor[kBehind + 1];
+  Divisor divisor[kBehind + 1];
   for (int64_t row = begin, slot = 0; row < end + kBehind; ++row) {
     const int64_t oldest = slot == kBehind ? 0 : slot + 1;
     Finished<Out> done;
     if (row - kBehind >= begin)
-      done = {args, row - kBehind, ring + oldest * stride, factor[oldest]};
+      done = {args, row - kBehind, ring + oldest * stride, divisor[oldest]};
     int64_t written = 0;
     if (row < end) {
       const int64_t n = columns_seen(args, row);
@@ -285,7 +304,7 @@ void forward_scaled(const SoftmaxForward& args, int64_t begin, int64_t end, With
         });
         written = (n + width - 1) / width * width;
       });
-      factor[slot] = finish_of<float, false>(total < most ? total : by_maximum(row, buffer));
+      divisor[slot] = Divisor(total < most ? total : by_maximum(row, buffer));
     }
     if (row - kBehind >= begin) done.write_from(written < done.vectors ? written : done.vectors);
     slot = oldest;
