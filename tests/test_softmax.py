@@ -131,7 +131,7 @@ def test_what_is_far_below_the_maximum(name: str, dim: int) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_all_of_the_sum_is_one(backend: str) -> None:
-    """To the bit, so that nothing flows back: of a row of one score, and of one far above others."""
+    """To the bit, so that nothing flows back: of one score, and of one far above all others."""
     alone = torch.randn(64, 1) * 30
     above = torch.randn(64, 300)
     above[torch.arange(64), torch.randint(300, (64,))] = torch.rand(64) * 100 + 150
